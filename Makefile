@@ -1,0 +1,59 @@
+# `make` lists the targets. Everything runs inside .venv, which the first target makes.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Copies of data sets that are looked into before any download (optional).
+ifneq ($(wildcard ../shared/data),)
+export WORKBENCH_DATA_MIRROR ?= $(realpath ../shared/data)
+endif
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test lab serve docs bench gpu hooks clean export
+
+help: ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable ".[dev]" --constraint requirements.lock
+	$(BIN)/python -m ipykernel install --prefix .venv --name workbench --display-name Workbench
+	touch $@
+
+install: $(READY) ## make .venv and install the package with pinned versions
+
+run: $(READY) ## train, evaluate, optimise and package a model, end to end (pipelines/nightly.toml)
+	$(BIN)/workbench run nightly
+
+serve: $(READY) ## serve the champion on 127.0.0.1
+	$(BIN)/workbench serve
+
+lab: $(READY) ## open JupyterLab on the notebooks
+	$(BIN)/workbench lab
+
+test: $(READY) ## run every notebook and every test
+	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing
+	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
+
+bench: $(READY) ## run the benchmark notebooks and write their dated pages (long)
+	for notebook in pipelines/benchmarks/*.ipynb; do \
+	  $(BIN)/papermill --no-progress-bar --kernel python3 $$notebook .workbench/benchmarks/$$(basename $$notebook) || exit 1; done
+
+gpu: ## run what needs an NVIDIA GPU, on a box that has torch, lightning, numpy, onnx and onnxruntime
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
+
+docs: $(READY) ## build the site into site/
+	$(BIN)/pip install --quiet --editable ".[docs]" --constraint requirements.lock
+	$(BIN)/mkdocs build --strict
+
+export: $(READY) ## export the notebooks to workbench/, and clean them
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+hooks: $(READY) ## install the git hooks (clean, export check, ruff) and the notebook merge driver
+	git config --local include.path ../.gitconfig
+	$(BIN)/pre-commit install
+
+clean: ## remove what the bench wrote (runs, data sets, the tracking store) and the environment
+	rm -rf .workbench .venv site

@@ -1,0 +1,33 @@
+"""What every test shares: where the data sets are, and a home of its own for what a test writes."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MIRROR = ROOT.parent / "shared" / "data"
+
+if MIRROR.is_dir():
+    os.environ.setdefault("WORKBENCH_DATA_MIRROR", str(MIRROR))
+os.environ.setdefault("WORKBENCH_PATHS_HOME", ".workbench/test")
+
+
+@pytest.fixture
+def mirror() -> Path:
+    "The folder with copies of data sets; a test that needs it skips, saying so, where there is none."
+    folder = Path(os.environ.get("WORKBENCH_DATA_MIRROR", ""))
+    if not folder.is_dir() or not folder.name:
+        pytest.skip("needs the data sets of WORKBENCH_DATA_MIRROR, which names no folder here")
+    return folder
+
+
+def pytest_collection_modifyitems(items):
+    "Skip what is marked `gpu` where there is no NVIDIA GPU, with the reason."
+    if not any("gpu" in item.keywords for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: torch.cuda.is_available() is False"))
