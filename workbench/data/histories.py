@@ -172,7 +172,9 @@ def core(
         long_enough = np.bincount(users[kept], minlength=1)[users[kept]] >= min_history
         if (frequent & long_enough).all(): break
         kept = kept[frequent & long_enough]
-    return np.isin(np.arange(len(users)), kept, assume_unique=True)
+    stays = np.zeros(len(users), dtype=bool)
+    stays[kept] = True
+    return stays
 
 # %% ../../nbs/data/01_histories.ipynb #9eed2fd0
 REPEATS = 0.01  # share of repeated validation targets from which a log counts as one that repeats

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNITS', 'DATES', 'MISSING', 'MAX_ID', 'EARLIEST', 'SLACK', 'unit_of', 'from_dates', 'seconds', 'id_reasons',
            'time_reasons', 'judge', 'quarantine_path', 'quarantine', 'schema', 'check_events', 'Interactions', 'number',
-           'pack_events', 'settle', 'read_interactions']
+           'pack_events', 'settle', 'from_raw', 'read_interactions']
 
 # %% ../../nbs/data/04_interactions.ipynb #479be4d1
 import hashlib, time
@@ -219,23 +219,30 @@ def settle(
     rows = [{**row, "share": row["rows"] / raw.height} for row in rows]
     return check_events(distinct, str(source)), Table(rows, f"Dropped of {raw.height:,} rows of {name}")
 
+def from_raw(
+    raw: pl.DataFrame,                     # user_id, item_id and perhaps timestamp as text; row
+    source: str | Path,                    # the file they came from
+    *,
+    name: str,                             # of the log
+    limit: float | None = None,            # share of bad rows accepted; None for settings.ini
+    catalogue: Catalogue | None = None,    # titles; None for none
+    home: Path | None = None,              # where quarantine files go; None for settings.ini
+    **facts: Any,                          # exclude_seen, licence
+) -> Interactions:                         # checked
+    "Make a log of rows of text; raises `DataError` when too many are bad or too few are left."
+    events, report = settle(raw, Path(source), name, limit, home)
+    if catalogue is None:
+        ids = np.array(events["item_id"].unique().sort().to_list(), dtype=np.str_)
+        catalogue = Catalogue(ids, np.full(len(ids), "", dtype=np.str_))
+    return Interactions(name=name, events=events, catalogue=catalogue, has_time="timestamp" in raw.columns, report=report, **facts)
+
 def read_interactions(
     path: str | Path,                      # CSV, TSV, Parquet, or a text format (`data.formats`), perhaps gzipped
     columns: str | Sequence[str] | Mapping[str, str] | None = None,  # the file's names of user, item and time
     *,
     format: str | None = None,             # a name in `formats`; None to detect it
     name: str | None = None,               # of the log; None for the file's
-    limit: float | None = None,            # share of bad rows accepted; None for settings.ini
-    catalogue: Catalogue | None = None,    # titles; None for none
-    home: Path | None = None,              # where quarantine files go; None for settings.ini
-    **facts: Any,                          # exclude_seen, licence
+    **facts: Any,                          # limit, catalogue, home, exclude_seen, licence: see `from_raw`
 ) -> Interactions:                         # checked
     "Read and check an interaction log; raises `DataError` naming the file and what to do."
-    path = Path(path)
-    name = name or path.name.split(".")[0]
-    raw = read_raw(path, columns, format)
-    events, report = settle(raw, path, name, limit, home)
-    if catalogue is None:
-        ids = np.array(events["item_id"].unique().sort().to_list(), dtype=np.str_)
-        catalogue = Catalogue(ids, np.full(len(ids), "", dtype=np.str_))
-    return Interactions(name=name, events=events, catalogue=catalogue, has_time="timestamp" in raw.columns, report=report, **facts)
+    return from_raw(read_raw(path, columns, format), path, name=name or Path(path).name.split(".")[0], **facts)
