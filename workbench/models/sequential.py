@@ -94,7 +94,8 @@ class SASRec(Encoder):
         dropout: float = 0.2,    # on the embeddings and after both halves of a block
     ):
         super().__init__()
-        if width % heads: raise ModelError(f"a width of {width} cannot be split over {heads} heads: let one divide the other")
+        if width % heads:
+            raise ModelError(f"a width of {width} cannot be split over {heads} heads: let one divide the other")
         self.n_items, self.length = n_items, length
         self.settings = {"width": width, "blocks": blocks, "heads": heads, "dropout": dropout}
         self.items = nn.Embedding(n_items + 1, width, padding_idx=0)
