@@ -82,5 +82,5 @@ def check_finite(
     bad = (~torch.isfinite(found)).nonzero()
     if len(bad):
         step = first + int(bad[0]) + 1
-        raise TrainingError(f"the loss of optimiser step {step} is {float(found[bad[0]])}: the last good checkpoint was kept; "
-                            "lower learning_rate or set clip")
+        raise TrainingError(f"the loss of optimiser step {step} is {float(found[bad[0]])}: lower learning_rate or set "
+                            "clip (the last good checkpoint was kept)")

@@ -45,7 +45,8 @@ class Recipe:
             if not check(getattr(self, field)):
                 raise RecipeError(f"recipe {self.name}: {field} is {getattr(self, field)!r}: choose {wanted}")
         if self.width % self.heads:
-            raise RecipeError(f"recipe {self.name}: heads is {self.heads}: choose a number that divides width ({self.width})")
+            raise RecipeError(f"recipe {self.name}: heads is {self.heads}: choose a number that divides width "
+                              f"({self.width})")
 
     def to_dict(self) -> dict[str, Any]:
         "Return the fields as plain data."
@@ -65,7 +66,8 @@ CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
         "length": 10_000, "width": 8192, "blocks": 100, "heads": 128, "negatives": 1_000_000, "batch_size": 1_000_000,
         "steps": 1000, "epochs": 100_000, "check_every": 100_000, "patience": 100_000}.items()),
     *((field, between(low, high), f"a number from {low} to {high}") for field, low, high in [
-        ("dropout", 0, 0.95), ("learning_rate", 1e-8, 10), ("weight_decay", 0, 10), ("clip", 0, 1e6), ("minutes", 0, 1e6)]),
+        ("dropout", 0, 0.95), ("learning_rate", 1e-8, 10), ("weight_decay", 0, 10), ("clip", 0, 1e6),
+        ("minutes", 0, 1e6)]),
     ("warmup", whole(0, 10**9), "a whole number from 0"),
     ("seed", whole(0, 2**32 - 1), "a whole number from 0 to 4294967295"),
     ("schedule", lambda value: value in ("cosine", "constant"), "cosine or constant"),
@@ -88,7 +90,8 @@ def sasrec(
     "Return the recipe of a SASRec of one size, with changes by name; unknown names raise `RecipeError`."
     if size not in SIZES: raise RecipeError(f"there is no size {size!r}: choose one of {', '.join(SIZES)}")
     unknown = sorted(set(changes) - set(Recipe.__dataclass_fields__))
-    if unknown: raise RecipeError(f"a recipe has no field {unknown[0]!r}: it has {', '.join(Recipe.__dataclass_fields__)}")
+    if unknown:
+        raise RecipeError(f"a recipe has no field {unknown[0]!r}: it has {', '.join(Recipe.__dataclass_fields__)}")
     return Recipe(**{"name": f"sasrec-{size}", "seed": seed, **SIZES[size], **changes})
 
 recipes: Registry[Callable[..., Recipe]] = Registry("recipe")
