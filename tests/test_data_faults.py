@@ -49,7 +49,8 @@ def test_the_control_a_clean_log_loses_nothing(tmp_path, home):
     ("timestamp", str(int(time.time()) + 10 * 86_400), "in the future")])
 def test_a_bad_row_is_quarantined_with_its_line_and_reason(tmp_path, home, column, value, reason):
     table = events().with_columns(pl.col("timestamp").cast(pl.String))
-    table = table.with_columns(pl.when(pl.int_range(pl.len()) == 17).then(pl.lit(value)).otherwise(pl.col(column)).alias(column))
+    here = pl.int_range(pl.len()) == 17
+    table = table.with_columns(pl.when(here).then(pl.lit(value)).otherwise(pl.col(column)).alias(column))
     log = read(write(tmp_path, table), home)
     bad = pl.read_csv(next((home / "quarantine").iterdir()), infer_schema=False)
     assert len(log) == 119 and bad["row"].to_list() == ["19"] and reason in bad["reason"][0]
@@ -108,7 +109,8 @@ def test_a_changed_column_stops_with_the_difference(tmp_path, home, change, mess
 
 def test_reordered_and_further_columns_pass(tmp_path, home):
     plain = read(write(tmp_path, events()), home)
-    other = read(write(tmp_path, events().select("timestamp", pl.lit(1).alias("price"), "item_id", "user_id"), "other.csv"), home)
+    reordered = events().select("timestamp", pl.lit(1).alias("price"), "item_id", "user_id")
+    other = read(write(tmp_path, reordered, "other.csv"), home)
     assert plain.events.equals(other.events)
 
 
@@ -178,7 +180,7 @@ def test_a_resumed_epoch_repeats_and_skips_nothing(tmp_path, home):
 
     def batches(): return WindowBatches(split, length=3, batch_size=4, seed=7)
     whole = [tuple(part.numpy().tobytes() for part in batch) for batch in batches()]
-    first, second, iterator = batches(), batches(), None
+    first, second = batches(), batches()
     iterator = iter(first)
     begun = [tuple(part.numpy().tobytes() for part in next(iterator)) for _ in range(3)]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
@@ -211,8 +213,9 @@ def test_movielens_100k_is_what_it_is_known_to_be(fetched):
     assert history.exclude_seen and history.repeat_share == 0
 
 
-@pytest.mark.parametrize(("name", "counts"), [("movielens-1m", (6040, 3706, 1_000_209)), ("s3rec-lastfm", (1090, 3646, 52_551)),
-                                              ("s3rec-beauty", (22_363, 12_101, 198_502))])
+@pytest.mark.parametrize(("name", "counts"), [
+    ("movielens-1m", (6040, 3706, 1_000_209)), ("s3rec-lastfm", (1090, 3646, 52_551)),
+    ("s3rec-beauty", (22_363, 12_101, 198_502))])
 def test_a_mirrored_data_set_is_what_it_is_known_to_be(fetched, mirror, name, counts):
     log = fetched(name)
     history = log.histories()

@@ -25,7 +25,7 @@ class Catalogue:
 
     def __post_init__(self):
         if len(self.item_ids) != len(self.titles) or (self.tags and len(self.tags) != len(self.item_ids)):
-            raise DataError(f"a catalogue of {len(self.item_ids)} items has {len(self.titles)} titles: give one to each")
+            raise DataError(f"a catalogue of {len(self.item_ids)} items has {len(self.titles)} titles: give each one")
         object.__setattr__(self, "positions", {item: i for i, item in enumerate(self.item_ids.tolist())})
 
     def __len__(self) -> int: return len(self.item_ids)

@@ -19,7 +19,7 @@ import polars as pl
 
 from .catalogue import Catalogue
 from .interactions import Interactions, from_raw, read_interactions
-from .sources import from_archive, from_mirror, from_wheel
+from .sources import Source, from_archive, from_mirror, from_wheel
 from ..errors import DataError, UsageError
 from ..files import checksums, hold_lock, publish, read_json, sha256, sweep, verify, write_json
 from ..registry import Registry
@@ -32,7 +32,7 @@ class Dataset:
     about: str                                      # one line: what it holds
     licence: str                                    # terms of use, in a sentence
     citation: str                                   # whom to cite
-    sources: Sequence[Callable[[Path], str | None]] # fill a folder and say from where; None when it is not to be had there
+    sources: Sequence[Source]                       # tried in order
     read: Callable[[Path], Interactions]            # from the filled folder
     counts: tuple[int, int, int] | None = None      # users, items, interactions after cleaning
     files: Mapping[str, str] = field(default_factory=dict)  # file → sha256, where one is known
@@ -51,11 +51,12 @@ def fill(name: str, folder: Path) -> None:
     dataset = datasets[name]
     source = next((found for get in dataset.sources if (found := get(folder))), None)
     if source is None:
-        raise DataError(f"{name} is not in the mirror and cannot be fetched from the network: put a copy of its folder into the "
-                        "folder that WORKBENCH_DATA_MIRROR names")
+        raise DataError(f"{name} is not in the mirror and cannot be fetched from the network: put a copy of its folder "
+                        "into the folder that WORKBENCH_DATA_MIRROR names")
     for file, digest in dataset.files.items():
         if (folder/file).exists() and sha256(folder/file) != digest:
-            raise DataError(f"{name} file {file} from {source} has another sha256 than expected: it is damaged; get it anew")
+            raise DataError(f"{name} file {file} from {source} has another sha256 than expected: it is damaged; get it "
+                            "anew")
     write_json(folder/FETCHED, {"name": name, "source": source, "sha256": checksums(folder)})
 
 def fetch(
@@ -72,6 +73,7 @@ def fetch(
     print(f"{name}: {dataset.about}\nTerms: {dataset.licence}\nCite: {dataset.citation}", file=sys.stderr)
     return folder
 
+# %% ../../nbs/data/06_datasets.ipynb #5c095a58
 def check(
     name: str,                         # a registered data set
     home: str | Path | None = None,    # where data sets are kept; None for settings.ini
@@ -81,7 +83,9 @@ def check(
     folder = folder_of(name, home)
     if not (folder/FETCHED).exists(): raise DataError(f"{name} has not been fetched: workbench data fetch {name}")
     differences = verify(folder, read_json(folder/FETCHED)["sha256"], ignore=(FETCHED,))
-    if differences: raise DataError(f"{name} in {folder} is not what was fetched ({'; '.join(differences)}): remove the folder and fetch it again")
+    if differences:
+        raise DataError(f"{name} in {folder} is not what was fetched ({'; '.join(differences)}): remove the folder and "
+                        "fetch it again")
     return folder
 
 # %% ../../nbs/data/06_datasets.ipynb #d61ea47a
@@ -90,13 +94,13 @@ def check_counts(name: str, log: Interactions) -> Interactions:
     expected = datasets[name].counts
     found = (log.events["user_id"].n_unique(), log.events["item_id"].n_unique(), len(log))
     if expected and found != expected:
-        raise DataError(f"{name} has {found} users, items and interactions instead of {expected}: the copy is not complete; "
-                        "remove it and fetch it again")
+        raise DataError(f"{name} has {found} users, items and interactions instead of {expected}: the copy is not "
+                        "complete; remove it and fetch it again")
     return log
 
 def load(
     name_or_path: str | Path,                        # a registered data set, or the path of a log
-    columns: str | Sequence[str] | Mapping[str, str] | None = None,  # of a path: the file's names of user, item and time
+    columns: str | Sequence[str] | Mapping[str, str] | None = None,  # of a path, see `parse_columns`
     home: str | Path | None = None,                  # where data sets are kept; None for settings.ini
 ) -> Interactions:                                   # checked, with catalogue and report
     "Load a log, fetching a named one when it is not here; raises `DataError` or `UnknownNameError` saying what to do."
@@ -117,31 +121,39 @@ def make_catalogue(
 ) -> Catalogue:                                # the items
     "Build a catalogue from columns of text."
     words = tuple(tuple(word for word in (line or "").split(separator) if word) for line in tags)
-    return Catalogue(np.array(list(item_ids), dtype=np.str_), np.array([title or "" for title in titles], dtype=np.str_), words)
+    names = np.array([title or "" for title in titles], dtype=np.str_)
+    return Catalogue(np.array(list(item_ids), dtype=np.str_), names, words)
 
-def read_text(path: Path, separator: str = "\t", encoding: str = "utf8", names: Sequence[str] | None = None) -> pl.DataFrame:
+def read_text(
+    path: Path,                            # a file of a few megabytes
+    separator: str = "\t",                 # one character or more
+    encoding: str = "utf8",                # of the file
+    names: Sequence[str] | None = None,    # of the columns, where the file has no header
+) -> pl.DataFrame:                         # all text
     "Read a small table as text, in any encoding and with separators of more than one character; quotes mean nothing."
     text = path.read_text(encoding=encoding).replace(separator, "\t")
-    return pl.read_csv(text.encode(), separator="\t", has_header=names is None, new_columns=names, infer_schema=False, quote_char=None)
+    return pl.read_csv(text.encode(), separator="\t", has_header=names is None, new_columns=names,
+                       infer_schema=False, quote_char=None)
 
 # %% ../../nbs/data/06_datasets.ipynb #becd5f63
 GROUPLENS = "GroupLens: research use; no redistribution without permission; no endorsement may be implied"
-HARPER = ("F. Maxwell Harper, Joseph A. Konstan: The MovieLens Datasets: History and Context. ACM Transactions on Interactive "
-          "Intelligent Systems 5(4), 2015, doi:10.1145/2827872")
+HARPER = ("F. Maxwell Harper, Joseph A. Konstan: The MovieLens Datasets: History and Context. ACM Transactions on "
+          "Interactive Intelligent Systems 5(4), 2015, doi:10.1145/2827872")
 
 def read_movielens_100k(folder: Path) -> Interactions:
     "Read the files of MovieLens-100K as RecBole writes them."
     table = read_text(folder/"ml-100k.item")
     titles = table.select(pl.format("{} ({})", "movie_title:token_seq", "release_year:token")).to_series()
     catalogue = make_catalogue(table["item_id:token"], titles, table["class:token_seq"], separator=" ")
-    return read_interactions(folder/"ml-100k.inter", "user_id:token,item_id:token,timestamp:float", name="movielens-100k",
-                             catalogue=catalogue, exclude_seen=True, licence=GROUPLENS)
+    return read_interactions(folder/"ml-100k.inter", "user_id:token,item_id:token,timestamp:float",
+                             name="movielens-100k", catalogue=catalogue, exclude_seen=True, licence=GROUPLENS)
 
 datasets.register("movielens-100k", Dataset(
     about="943 people, 1,682 films, 100,000 ratings of 1997 and 1998, with times, titles and genres", licence=GROUPLENS,
-    citation=HARPER, sources=[from_mirror("movielens-100k", "ml-100k.inter", "ml-100k.item", "ml-100k.user"), from_wheel(
-        "recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
-        [f"recbole/dataset_example/ml-100k/ml-100k.{part}" for part in ("inter", "item", "user")])],
+    citation=HARPER, sources=[
+        from_mirror("movielens-100k", "ml-100k.inter", "ml-100k.item", "ml-100k.user"),
+        from_wheel("recbole==1.2.1", "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+                   [f"recbole/dataset_example/ml-100k/ml-100k.{part}" for part in ("inter", "item", "user")])],
     read=read_movielens_100k, counts=(943, 1682, 100_000)))
 
 # %% ../../nbs/data/06_datasets.ipynb #f87cf702
@@ -158,15 +170,17 @@ ARCHIVES = "https://files.grouplens.org/datasets"
 
 datasets.register("movielens-1m", Dataset(
     about="6,040 people, 3,706 films, 1,000,209 ratings of 2000 to 2003", licence=GROUPLENS, citation=HARPER,
-    sources=[from_mirror("movielens-1m", "ratings.dat", "movies.dat"), from_mirror("movielens-1m", "ml-1m.txt.gz", "movies.dat"),
-             from_archive(f"{ARCHIVES}/movielens/ml-1m.zip", "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
+    sources=[from_mirror("movielens-1m", "ratings.dat", "movies.dat"),
+             from_mirror("movielens-1m", "ml-1m.txt.gz", "movies.dat"),
+             from_archive(f"{ARCHIVES}/movielens/ml-1m.zip",
+                          "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
                           ["ml-1m/ratings.dat", "ml-1m/movies.dat"])],
     read=read_movielens_1m, counts=(6040, 3706, 1_000_209)))
 
 # %% ../../nbs/data/06_datasets.ipynb #874fe88c
 LASTFM = "Last.fm via HetRec 2011: non-commercial use only"
-CANTADOR = ("Last.fm, http://www.lastfm.com; Iván Cantador, Peter Brusilovsky, Tsvi Kuflik: 2nd Workshop on Information "
-            "Heterogeneity and Fusion in Recommender Systems (HetRec 2011). RecSys 2011")
+CANTADOR = ("Last.fm, http://www.lastfm.com; Iván Cantador, Peter Brusilovsky, Tsvi Kuflik: 2nd Workshop on "
+            "Information Heterogeneity and Fusion in Recommender Systems (HetRec 2011). RecSys 2011")
 LASTFM_FILES = ("artists.dat", "tags.dat", "user_taggedartists.dat")
 
 def top_tags(
@@ -183,7 +197,8 @@ def top_tags(
 def read_lastfm(folder: Path) -> Interactions:
     "Read the tag assignments of HetRec 2011 Last.fm as a log."
     table = read_text(folder/"user_taggedartists.dat")
-    date = pl.concat_str(*(pl.col(part).str.zfill(width) for part, width in (("year", 4), ("month", 2), ("day", 2))), separator="-")
+    parts = (pl.col(part).str.zfill(width) for part, width in (("year", 4), ("month", 2), ("day", 2)))
+    date = pl.concat_str(*parts, separator="-")
     raw = table.select(user_id="userID", item_id="artistID", timestamp=date).with_row_index("row", offset=2)
     artists = read_text(folder/"artists.dat").join(
         top_tags(table, read_text(folder/"tags.dat", encoding="latin-1")), on="id", how="left", maintain_order="left")
@@ -192,7 +207,8 @@ def read_lastfm(folder: Path) -> Interactions:
 
 datasets.register("lastfm-2k", Dataset(
     about="artists that 1,892 listeners tagged, by date", licence=LASTFM, citation=CANTADOR,
-    sources=[from_mirror("lastfm-2k", *LASTFM_FILES), from_archive(f"{ARCHIVES}/hetrec2011/hetrec2011-lastfm-2k.zip", None, LASTFM_FILES)],
+    sources=[from_mirror("lastfm-2k", *LASTFM_FILES),
+             from_archive(f"{ARCHIVES}/hetrec2011/hetrec2011-lastfm-2k.zip", None, LASTFM_FILES)],
     read=read_lastfm, counts=(1892, 12_523, 85_011)))
 
 # %% ../../nbs/data/06_datasets.ipynb #59543ee2

