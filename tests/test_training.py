@@ -1,0 +1,95 @@
+"""Training keeps its word: the same seed gives the same weights, NaN stops a run, bad recipes are named."""
+import numpy as np
+import pytest
+import torch
+
+from workbench.data.histories import pack
+from workbench.errors import RecipeError, TrainingError
+from workbench.training import fit as fitting
+from workbench.training.fit import Callback, fit, load_checkpoint
+from workbench.training.recipes import Recipe, sasrec
+
+QUICK = dict(length=20, epochs=6, check_every=2, warmup=5, learning_rate=5e-3, batch_size=32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Models this small are slower on two threads than on one, much slower when the cores are busy."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def walks():
+    "Listeners who walk through sixty items, mostly one step at a time."
+    rng = np.random.default_rng(0)
+    steps = np.where(rng.random((200, 25)) < 0.8, 1, rng.integers(0, 60, (200, 25)))
+    track = (rng.integers(0, 60, (200, 1)) + steps.cumsum(1)) % 60
+    return pack("walks", np.repeat(np.arange(200), 25), track.ravel(), np.tile(np.arange(25), 200),
+                np.arange(200).astype(str), np.arange(60).astype(str), exclude_seen=False)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "sampled_softmax"])
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(walks, loss):
+    def weights(seed):
+        model = fit(sasrec("tiny", seed=seed, loss=loss, **QUICK), walks, progress=False).model
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    first = weights(0)
+    assert torch.equal(first, weights(0))
+    assert not torch.equal(first, weights(1))
+
+
+@pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"clip": 1.0}, {"steps": 1}, {"schedule": "constant"}])
+def test_each_way_of_training_learns(walks, change):
+    run = fit(sasrec("tiny", **QUICK | {"dropout": 0.0, "epochs": 12} | change), walks, progress=False)
+    assert run.metrics["ndcg@10"] > 0.5      # chance is about 0.08
+
+
+class Poison(Callback):
+    "Makes one weight NaN after some epochs."
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 3:
+            with torch.no_grad():
+                module.model.norm.weight[0] = torch.nan
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(walks, tmp_path, monkeypatch):
+    make = fitting.make_trainer
+    monkeypatch.setattr(fitting, "make_trainer", lambda recipe, logger, calls: make(recipe, logger, [*calls, Poison()]))
+    with pytest.raises(TrainingError, match=r"the loss of optimiser step \d+ is nan"):
+        fit(sasrec("tiny", **QUICK), walks, folder=tmp_path, progress=False)
+    kept = load_checkpoint(tmp_path/"best.ckpt")
+    assert kept["epoch"] == 2 and all(torch.isfinite(tensor).all() for tensor in kept["weights"].values())
+    assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+def test_a_run_stops_when_validation_no_longer_improves(walks):
+    recipe = sasrec("tiny", **QUICK | {"learning_rate": 1e-8, "epochs": 50, "patience": 2})
+    assert fit(recipe, walks, progress=False).metrics["epochs"] < 50
+
+
+def test_a_time_budget_ends_a_run_with_a_usable_model(walks):
+    run = fit(sasrec("tiny", **QUICK | {"minutes": 1e-6, "check_every": 5}), walks, progress=False)
+    assert run.metrics["epochs"] == 1 and run.checkpoint.exists() and "ndcg@10" in run.metrics
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("dropout", -0.1), ("width", 0), ("epochs", 2.5), ("learning_rate", float("inf")), ("precision", "fp4"),
+    ("schedule", "step"), ("seed", -1), ("heads", 5), ("minutes", float("nan"))])
+def test_a_bad_field_of_a_recipe_is_named(field, value):
+    with pytest.raises(RecipeError, match=f"{field} is"):
+        Recipe(**{field: value})
+
+
+def test_an_unknown_loss_is_named_before_anything_is_trained(walks):
+    with pytest.raises(Exception, match="there is no loss named 'crossentropy': did you mean 'cross_entropy'"):
+        fit(sasrec("tiny", loss="crossentropy"), walks, progress=False)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_learns_what_a_run_on_a_cpu_learns(walks):
+    assert fit(sasrec("tiny", **QUICK | {"epochs": 12}), walks, progress=False).metrics["ndcg@10"] > 0.5
