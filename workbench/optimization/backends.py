@@ -192,4 +192,4 @@ class OpenVINO(Backend):
 
 # %% ../../nbs/optimization/02_backends.ipynb #449f891f
 backends: Registry[Backend] = Registry("backend")
-for backend in (OnnxRuntime(), OpenVINO(), Inductor(), Eager()): backends.register(backend.name, backend)
+for backend in (OnnxRuntime(), OpenVINO(), Eager(), Inductor()): backends.register(backend.name, backend)
