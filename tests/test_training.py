@@ -9,7 +9,7 @@ from workbench.training import fit as fitting
 from workbench.training.fit import Callback, fit, load_checkpoint
 from workbench.training.recipes import Recipe, sasrec
 
-QUICK = dict(length=20, epochs=6, check_every=2, warmup=5, learning_rate=5e-3, batch_size=32)
+QUICK = {"length": 20, "epochs": 6, "check_every": 2, "warmup": 5, "learning_rate": 5e-3, "batch_size": 32}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -42,20 +42,13 @@ class SequenceModule(lightning.LightningModule):
 
     def window_loss(self, items: Tensor, targets: Tensor) -> Tensor:  # int64[B, L] both
         "Compute the loss of one batch of windows."
-        longest = int((items > 0).sum(1).max())
         low = self.recipe.precision == "bfloat16"
         with torch.autocast(items.device.type, torch.bfloat16, enabled=low):
-            hidden = self.model.hidden(items[:, :longest])
-            return self.loss(*self.ordered(hidden, targets[:, :longest]))
+            vectors, wanted = at_targets(self.model.hidden(items), targets)
+            return self.loss(vectors, self.model.item_vectors(), wanted)
 
-    def ordered(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Return what a loss takes: positions, item vectors, targets."
-        vectors, wanted = at_targets(hidden, targets)
-        return vectors, self.model.item_vectors(), wanted
-
-    def one_step(self, items: Tensor, targets: Tensor) -> Tensor:  # the loss, detached
-        "Take one optimiser step."
-        optimizer = self.optimizers(use_pl_optimizer=False)
+    def one_step(self, optimizer: torch.optim.Optimizer, items: Tensor, targets: Tensor) -> Tensor:
+        "Take one optimiser step and return its loss, detached."
         optimizer.param_groups[0]["lr"] = learning_rate(self.recipe, self.done, self.total)
         optimizer.zero_grad()
         loss = self.window_loss(items, targets)
@@ -67,9 +60,10 @@ class SequenceModule(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         items, targets = batch
-        filled = (targets > 0).any(2).any(1).tolist()            # the last call of an epoch may be partly empty
-        first = self.done
-        found = torch.stack([self.one_step(i, t) for i, t, any_ in zip(items, targets, filled, strict=True) if any_])
+        first, optimizer = self.done, self.optimizers(use_pl_optimizer=False)
+        longest = (items > 0).sum(2).amax(1).tolist()            # 0: the last call of an epoch may be partly empty
+        found = torch.stack([self.one_step(optimizer, items[step, :, :end], targets[step, :, :end])
+                             for step, end in enumerate(longest) if end])
         check_finite(found, first)
         return found.mean()
 

@@ -26,7 +26,7 @@ class Recipe:
     dropout: float = 0.2              # share of activations dropped in training
     loss: str = "auto"                # a registered loss; "auto": full cross entropy unless the catalogue is large
     negatives: int = 512              # items sampled a step, for a sampled loss
-    batch_size: int = 64              # windows in an optimiser step
+    batch_size: int = 0               # windows in an optimiser step; 0 for as many as hold about 3,000 targets
     steps: int = 8                    # optimiser steps in one call of the training loop
     learning_rate: float = 1e-3       # its peak
     weight_decay: float = 0.0         # of AdamW
@@ -63,8 +63,9 @@ def between(low: float, high: float) -> Callable[[Any], bool]:
 
 CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     *((field, whole(1, high), f"a whole number from 1 to {high:,}") for field, high in {
-        "length": 10_000, "width": 8192, "blocks": 100, "heads": 128, "negatives": 1_000_000, "batch_size": 1_000_000,
+        "length": 10_000, "width": 8192, "blocks": 100, "heads": 128, "negatives": 1_000_000,
         "steps": 1000, "epochs": 100_000, "check_every": 100_000, "patience": 100_000}.items()),
+    ("batch_size", whole(0, 10**6), "a whole number from 0 to 1,000,000"),
     *((field, between(low, high), f"a number from {low} to {high}") for field, low, high in [
         ("dropout", 0, 0.95), ("learning_rate", 1e-8, 10), ("weight_decay", 0, 10), ("clip", 0, 1e6),
         ("minutes", 0, 1e6)]),
