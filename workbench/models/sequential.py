@@ -74,13 +74,14 @@ class Block(nn.Module):
         "Compute what `forward` computes, for one position of every row."
         return self.feed(take(x, places) + self.dropout(self.attention.last(self.norm_attention(x), places)))
 
-# %% ../../nbs/models/02_sequential.ipynb #b35c8d85
+# %% ../../nbs/models/02_sequential.ipynb #f3dd1604
 def initialise(module: nn.Module) -> None:
     "Draw weights from a normal distribution of deviation 0.02, set biases to 0, as GPT-2 does."
     if isinstance(module, nn.Linear | nn.Embedding): nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear): nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None: module.weight.data[0] = 0
 
+# %% ../../nbs/models/02_sequential.ipynb #b35c8d85
 class SASRec(Encoder):
     "Self-attentive sequential recommendation (Kang and McAuley, 2018), pre-norm, with tied item vectors."
     def __init__(

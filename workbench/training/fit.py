@@ -131,7 +131,7 @@ class KeepBest(Callback):
         if self.since >= self.curve.recipe.patience: trainer.should_stop = True
 
 class Budget(Callback):
-    "Stops after the epoch in which the time is spent, with a validation of that epoch if none was due."
+    "Stops after the epoch in which the time is spent."
     def __init__(self, minutes: float):
         self.minutes, self.began = minutes, time.monotonic()
 
