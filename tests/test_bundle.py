@@ -50,7 +50,8 @@ def test_a_missing_file_is_refused(copy):
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name, content", [("notes.json", b"{}"), ("variant/extra.onnx", b"\x08\x01"), ("histories/more.json", b"{}")])
+@pytest.mark.parametrize("name, content", [("notes.json", b"{}"), ("variant/extra.onnx", b"\x08\x01"),
+                                           ("histories/more.json", b"{}")])
 def test_an_added_file_is_refused(copy, name, content):
     (copy / name).write_bytes(content)
     with pytest.raises(BundleError, match="was added"):
@@ -76,8 +77,8 @@ def list_file(folder, name):
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("name", ["variant/model.pkl", "variant/model.pt", "variant/last.ckpt", "weights.bin", "similar/more.npy",
-                                  "variant/model.data", "more.json", "model.joblib"])
+@pytest.mark.parametrize("name", ["variant/model.pkl", "variant/model.pt", "variant/last.ckpt", "weights.bin",
+                                  "similar/more.npy", "variant/model.data", "more.json", "model.joblib"])
 def test_a_pickle_is_refused_unopened_under_any_name(copy, tmp_path, name):
     "It stands in the manifest with its right checksum, so the checksum is not what refuses it."
     (copy / name).write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
@@ -91,7 +92,7 @@ def test_a_pickle_inside_an_archive_is_refused(copy):
     with zipfile.ZipFile(copy / "variant/program.pt2", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(1))
     list_file(copy, "variant/program.pt2")
-    with pytest.raises(BundleError, match="holds the pickle archive/data.pkl"):
+    with pytest.raises(BundleError, match=r"holds the pickle archive/data\.pkl"):
         Bundle.load(copy)
 
 

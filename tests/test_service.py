@@ -72,8 +72,10 @@ def test_an_answer_has_exactly_the_promised_shape(port):
     assert list(answer) == ["items", "model", "request_id", "degraded"] and answer["request_id"] == "mine"
     assert headers["x-request-id"] == "mine"
     assert [list(item) for item in answer["items"]] == [["item_id", "title", "score"]] * 3
-    assert answer["model"] == {"name": "item_knn", "version": "7", "variant": "onnxruntime"} and answer["degraded"] is False
-    assert [item["score"] for item in answer["items"]] == sorted((item["score"] for item in answer["items"]), reverse=True)
+    assert answer["model"] == {"name": "item_knn", "version": "7", "variant": "onnxruntime"}
+    assert answer["degraded"] is False
+    scores = [item["score"] for item in answer["items"]]
+    assert scores == sorted(scores, reverse=True)
 
 
 def test_seen_items_are_left_out_unless_asked_for(port, engine):
@@ -182,11 +184,13 @@ def test_unknown_paths_and_methods_are_json_errors(port):
 def test_what_the_page_asks_for(port, engine):
     known = HistoryResponse.model_validate_json(call(port, "GET", "/history?user_id=1")[2])
     assert known.total == len(engine.history_of("1")) and len(known.items) == 100
-    assert [item.item_id for item in known.items] == [engine.item_ids[i] for i in engine.history_of("1")[-100:].tolist()]
+    newest = engine.history_of("1")[-100:].tolist()
+    assert [item.item_id for item in known.items] == [engine.item_ids[i] for i in newest]
     found = ListenersResponse.model_validate_json(call(port, "GET", "/listeners?query=94")[2])
     assert found.user_ids == ["94", "940", "941", "942", "943"] and found.total == 943
     assert call(port, "GET", "/history?user_id=nobody")[0] == 404
-    assert call(port, "GET", "/history?user=1")[0] == 422 and call(port, "GET", f"/listeners?query={'x' * 65}")[0] == 422
+    assert call(port, "GET", "/history?user=1")[0] == 422
+    assert call(port, "GET", f"/listeners?query={'x' * 65}")[0] == 422
 
 
 def test_the_page_lets_nothing_else_run(port):
@@ -223,10 +227,15 @@ def test_a_scanner_makes_no_series(port):
     assert call(port, "GET", "/metrics")[2].count("\n") == before
 
 
+def head(length, more=b""):
+    "Write the head of a request whose body is sent by hand."
+    return b"POST /recommend HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n%s\r\n" % (length, more)
+
+
 def burst(port, number):
     "Send the same request over many connections at once; return the replies."
     body = json.dumps({"user_id": "1"}).encode()
-    request = b"POST /recommend HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    request = head(len(body), b"Connection: close\r\n") + body
     senders = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(number)]
     for sender in senders:
         sender.sendall(request)
@@ -247,11 +256,10 @@ def test_too_many_at_once_are_told_to_come_back(port):
 
 
 def test_half_sent_requests_hold_no_place(port):
-    head = b"POST /recommend HTTP/1.1\r\nHost: here\r\nContent-Length: 16\r\n\r\n{"
     senders = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(PLACES + 16)]
     try:
         for sender in senders:
-            sender.sendall(head)
+            sender.sendall(head(16) + b"{")
         for _ in range(20):
             assert post(port, "/recommend", {"user_id": "1"})[0] == 200
     finally:
@@ -280,7 +288,7 @@ def test_a_damaged_bundle_is_never_ready(bundle, tmp_path):
     "The process lives and says so; it is not ready, and tells a client nothing about why."
     damaged = shutil.copytree(bundle.folder, tmp_path / "bundle")
     (damaged / "popular.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(BundleError, match="popular.npy was changed"):
+    with pytest.raises(BundleError, match=r"popular\.npy was changed"):
         serve_command(damaged)
     port, log = free_port(), tmp_path / "log"
     line, environment = serve_command(bundle.folder, port=port)
@@ -302,7 +310,7 @@ def test_a_request_under_way_is_answered_when_the_service_is_told_to_stop(bundle
         wait(lambda: call(port, "GET", "/readyz")[0] == 200)
         body = json.dumps({"user_id": "1"}).encode()
         with socket.create_connection(("127.0.0.1", port), timeout=30) as sender:
-            sender.sendall(b"POST /recommend HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(body) + body[:5])
+            sender.sendall(head(len(body)) + body[:5])
             post(port, "/recommend", {"user_id": "1"})
             process.terminate()
             time.sleep(1)
@@ -328,8 +336,9 @@ def test_the_variable_that_executes_pickles_stops_the_start(bundle, tmp_path, mo
 
 
 def test_it_listens_on_this_machine_alone(port):
-    addresses = {line.split()[1] for name in ("tcp", "tcp6") for line in open(f"/proc/net/{name}").readlines()[1:]
-                 if line.split()[3] == "0A"}
+    files = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    lines = [line.split() for text in files for line in text.splitlines()[1:]]
+    addresses = {line[1] for line in lines if line[3] == "0A"}
     assert [a.split(":")[0] for a in addresses if int(a.split(":")[1], 16) == port] == ["0100007F"]
 
 
@@ -345,7 +354,8 @@ def test_a_secret_or_a_link_in_the_build_folder_stops_the_build(bundle, tmp_path
         (services / "ranking" / name).symlink_to("/etc/hosts")
     else:
         (services / "ranking" / name).write_text(content)
-    chosen = replace(settings(), root=tmp_path, paths=replace(settings().paths, home=Path("home"), bentos=Path("bentos")))
+    paths = replace(settings().paths, home=Path("home"), bentos=Path("bentos"))
+    chosen = replace(settings(), root=tmp_path, paths=paths)
     with pytest.raises(ServiceError, match=why):
         build_bento(bundle, chosen)
     assert not os.path.exists(tmp_path / "home/bentoml/bentos")

@@ -51,7 +51,7 @@ class RecommendRequest(Bounded):
     "Ask for what a user, or somebody with this history, should see next: give exactly one of the two."
     user_id: Identifier | None = Field(default=None, description="A user of the training log")
     history: list[Identifier] | None = Field(default=None, description="Item ids, oldest first")
-    exclude_seen: bool | None = Field(default=None, description="Leave out items of the history; null for the data set's rule")
+    exclude_seen: bool | None = Field(default=None, description="Leave out items of the history; null: the data's rule")
 
     @field_validator("history")
     @classmethod
@@ -147,7 +147,7 @@ def parse(
     body: bytes,                     # as received
     chosen: Serving | None = None,   # limits; None for the defaults
 ) -> Request:                        # checked
-    "Read a request from JSON; raises RequestError with status 400 for what is not JSON and 422 for what is not a request."
+    "Read a request from JSON; raises RequestError, status 400 for what is not JSON, 422 for what is no request."
     try: return kind.model_validate_json(body, context=chosen)
     except ValidationError as error: raise describe(error) from None
 

@@ -36,7 +36,8 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         "Return plain data, as the service sends it but for the request id."
-        return {"items": [item.model_dump() for item in self.items], "model": self.model.model_dump(), "degraded": self.degraded}
+        items = [item.model_dump() for item in self.items]
+        return {"items": items, "model": self.model.model_dump(), "degraded": self.degraded}
 
     def table(self) -> Table:
         "Return the ranking as a table, with the reason when it is the popular list."
@@ -138,7 +139,8 @@ class Engine:
         exclude_seen: bool | None = None,      # leave out items of the history; None for the bundle's rule
     ) -> Answer:                               # at most k items
         "Rank what should come next; raises UsageError unless exactly one of history and user is given."
-        if (history is None) == (user_id is None): raise UsageError("give either a history or a user, not both and not neither")
+        if (history is None) == (user_id is None):
+            raise UsageError("give either a history or a user, not both and not neither")
         known = self.history_of(user_id).astype(np.int64) if history is None else self.encode(history)
         reason = "unknown_user" if history is None else "unknown_items" if len(history) else "empty_history"
         if not len(known): return self.fallback(k, (), reason)
@@ -152,14 +154,15 @@ class Engine:
     ) -> Answer:        # at most k items, without the item itself
         "Rank the items most like this one; raises RequestError (404) for an item that is not known."
         item = self.positions.get(item_id)
-        if item is None: raise RequestError(f"item_id: {REASONS['unknown_item']}", "unknown_item", "item_id", status=404)
+        if item is None: raise RequestError(f"item_id: {REASONS['unknown_item']}", "unknown_item", "item_id", 404)
         table = self.bundle.similar
         if table is None: return self.personal(np.array([item]), np.array([item]), k)
         ids, scores = table[0][item][:k], table[1][item][:k]
-        return self.answer(usable(np.where(ids, ids, 1), np.where(ids, scores, -np.inf), self.bundle.variant.n_items, k))
+        scores = np.where(ids, scores, -np.inf)
+        return self.answer(usable(np.where(ids, ids, 1), scores, self.bundle.variant.n_items, k))
 
     def warm(self, rounds: int = 3) -> None:
-        "Answer a few times, so that the first listener does not wait; raises ServiceError when the model cannot answer."
+        "Answer a few times, so that the first listener does not wait; raises ServiceError when the model cannot."
         for _ in range(rounds):
             for row in range(0, len(self.users), max(1, len(self.users)//8)):
                 known = self.history_of(str(self.bundle.user_ids[row])).astype(np.int64)

@@ -83,7 +83,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.labels = {"model": model, "version": version, "variant": variant}
         names = list(self.labels)
-        self.requests = Counter("workbench_requests", "Requests by outcome", ["route", "status", *names], registry=self.registry)
+        self.requests = Counter("workbench_requests", "Requests by outcome", ["route", "status", *names],
+                                registry=self.registry)
         self.seconds = Histogram("workbench_request_seconds", "From the whole request to the answer", ["route", *names],
                                  buckets=BUCKETS, registry=self.registry)
         self.degraded = Counter("workbench_degraded", "Popular instead of personal answers", ["reason", *names],
