@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'RETRY', 'Endpoint', 'BROKEN', 'NEWEST', 'LISTED', 'PATHS', 'NOT_FOUND', 'WRONG_METHOD', 'reply', 'refusal',
-           'content_policy', 'Ranking', 'answered', 'present', 'asking', 'recommend', 'similar', 'one_parameter',
-           'history', 'listeners', 'fixed', 'create_application']
+           'content_policy', 'settle_memory', 'Ranking', 'answered', 'present', 'asking', 'recommend', 'similar',
+           'one_parameter', 'history', 'listeners', 'fixed', 'create_application']
 
 # %% ../../nbs/serving/04_application.ipynb #b6a9c5ba
 import base64, gc, hashlib, logging, re, threading, time
@@ -19,7 +19,7 @@ from pydantic_core import to_json
 from ..errors import WorkbenchError
 from .contracts import Contract, ErrorResponse, HistoryItem, HistoryResponse, ListenersResponse
 from .contracts import RankResponse, RecommendRequest, RequestError, SimilarRequest, openapi, parse
-from .engine import REASONS, Answer, Engine
+from .engine import REASONS, Answer, Engine, warm
 from .guards import Admission, Metrics, read_body, request_id
 from ..settings import Serving
 
@@ -57,6 +57,13 @@ def content_policy(page: str) -> str:  # the HTML
     return "; ".join(f"{name} {value}" for name, value in rules.items())
 
 # %% ../../nbs/serving/04_application.ipynb #cb8a5070
+def settle_memory() -> None:
+    "Take everything that is loaded now out of the garbage collector's rounds, and make those rarer."
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+# %% ../../nbs/serving/04_application.ipynb #74eac7a9
 class Ranking:
     "What the application shares between requests."
     def __init__(
@@ -77,13 +84,11 @@ class Ranking:
     def open(self, bundle: str | Path) -> None:
         "Verify, load and warm a bundle; raises BundleError or ServiceError and stays as it was."
         engine = Engine(bundle, self.chosen.threads)
-        engine.warm()
+        warm(engine)
         self.listeners = sorted(engine.users)
         self.metrics = Metrics(engine.model.name, engine.model.version, engine.model.variant)
         self.metrics.ready.labels(**self.metrics.labels).set(1)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 50)
+        settle_memory()
         self.engine = engine
 
     def open_aside(self, bundle: str | Path) -> threading.Thread:
