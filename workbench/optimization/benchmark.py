@@ -20,6 +20,7 @@ import numpy as np
 
 from ..data.histories import Histories
 from ..errors import BackendError
+from ..files import sweep
 from ..models.ranker import Ranker, save_model
 from .backends import backends, installed
 from .choose import VariantTable
@@ -35,7 +36,7 @@ def plan(
 ) -> list[tuple[str, str]]:                     # (backend, compression)
     "List the pairs that make sense, in the order they are compiled."
     pairs = [(backend, compression) for backend in names or backends for compression in coarser or compressions]
-    return [(b, c) for b, c in pairs if not compressions[c].only or b in compressions[c].only and backends[b]]
+    return [(b, c) for b, c in pairs if not compressions[c].only or b in compressions[c].only]
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #37aa8e8c
 @dataclass
@@ -71,7 +72,7 @@ class Clock:
         "Return what is left; raises BackendError when it is nothing."
         seconds = self.end - time.monotonic()
         if seconds > 0: return seconds
-        raise BackendError(f"the budget of {self.minutes:g} minutes was used up before its turn: raise it, or try fewer backends")
+        raise BackendError(f"the budget of {self.minutes:g} minutes was used up before its turn: raise it, or try fewer")
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
@@ -127,10 +128,11 @@ def gains(
 def open_one(candidate: Candidate, cases: Path, conditions: Conditions) -> None:
     "Start a candidate's process, load it and let it answer every case."
     conditions.note(f"loading {candidate.name}")
+    k = conditions.k if candidate.status == "reference" else 0
     try:
         candidate.worker = Worker(conditions.threads)
-        loaded = candidate.worker.ask("load", folder=str(conditions.where(candidate)), cases=str(cases),
-                                      threads=conditions.threads, k=conditions.k if candidate.status == "reference" else 0)
+        loaded = candidate.worker.ask("load", folder=str(conditions.where(candidate)), cases=str(cases), k=k,
+                                      threads=conditions.threads)
         answers = cases.with_name(f"{candidate.name}.npz")
         candidate.worker.ask("rank", path=str(answers))
         candidate.figures |= {"load": loaded["seconds"], "answers": answers}
@@ -179,11 +181,12 @@ def summarise(candidate: Candidate, reference: Candidate) -> dict[str, Any]:
            "status": candidate.status, "reason": candidate.reason or None}
     if candidate.status not in ("ok", "reference"): return row
     latencies = np.concatenate(candidate.rounds)
-    ratios = [np.median(ours)/np.median(theirs) for ours, theirs in zip(candidate.rounds, reference.rounds, strict=False)]
-    throughput = {f"throughput_{batch}": float(np.median(counts)) for batch, counts in candidate.counts.items()}
-    return row | {"p50": float(np.median(latencies)), "p99": float(np.percentile(latencies, 99)), "ratio": float(np.median(ratios)),
-                  **throughput, "cpu": float(np.median(candidate.cpu)),
-                  "memory": candidate.worker.ask("memory")["bytes"]/1e6, **candidate.figures}
+    pairs = zip(candidate.rounds, reference.rounds, strict=False)
+    figures = {"p50": np.median(latencies), "p99": np.percentile(latencies, 99),
+               "ratio": np.median([np.median(ours)/np.median(theirs) for ours, theirs in pairs]),
+               **{f"throughput_{batch}": np.median(counts) for batch, counts in candidate.counts.items()},
+               "cpu": np.median(candidate.cpu), "memory": candidate.worker.ask("memory")["bytes"]/1e6}
+    return row | {name: float(figure) for name, figure in figures.items()} | candidate.figures
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #9122981d
 @cache
@@ -196,8 +199,9 @@ def processor() -> str:
 def machine() -> dict[str, Any]:
     "Return what decides how fast things are here: processor, cores, instruction sets, versions."
     names = sorted({name for backend in backends.values() for name in backend.needs} | {"numpy"})
-    return {"processor": processor(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "instruction_sets": instruction_sets(), "system": f"{platform.system()} {platform.machine()}",
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": processor(), "cores": cores, "instruction_sets": instruction_sets(),
+            "system": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(), "versions": {name: installed(name) for name in names}}
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #46b2f2ce
@@ -246,10 +250,11 @@ def bench(
     k, threads, folder = k or settings().serving.max_k, threads or settings().serving.threads, Path(folder)
     candidates, begun = [Candidate(*pair) for pair in plan(backends, compressions)], time.monotonic()
     cases = draw_cases(getattr(histories, split), model.length)
+    sweep(folder/"variants")
     bar, note = notes(2*len(candidates) + 1 + rounds, progress)
     with tempfile.TemporaryDirectory() as scratch, bar:
-        conditions = Conditions(model=save_model(model, Path(scratch)/"model"), folder=folder/"variants", k=k, threads=threads,
-                                clock=Clock(minutes), note=note)
+        conditions = Conditions(model=save_model(model, Path(scratch)/"model"), folder=folder/"variants", k=k,
+                                threads=threads, clock=Clock(minutes), note=note)
         rows = compete(candidates, cases, rounds, conditions)
     facts = machine() | {"model": type(model).__name__, "parent": fingerprint(model), "n_items": model.n_items, "k": k,
                          "length": model.length, "threads": threads, "data": histories.name, "split": split,

@@ -84,8 +84,8 @@ def load_variant(folder: Path) -> Variant:
         raise BackendError(f"{folder} is not a variant ({error}): compile it again") from None
     changed = verify(folder, variant.files, ignore=(RECORD,))
     if changed: raise BackendError(f"{folder} is damaged: {', '.join(changed)}; compile it again")
-    missing = set(variant.processor.split()) - set(instruction_sets().split())
-    if missing: raise BackendError(f"{folder} needs a processor with {', '.join(sorted(missing))}: compile it on this machine")
+    missing = ", ".join(sorted(set(variant.processor.split()) - set(instruction_sets().split())))
+    if missing: raise BackendError(f"{folder} needs a processor with {missing}: compile it on this machine")
     return variant
 
 # %% ../../nbs/optimization/05_variants.ipynb #180e548f
@@ -123,7 +123,7 @@ def check_values(items: np.ndarray, lengths: np.ndarray, exclude: np.ndarray, va
     if largest(items) > variant.n_items or largest(exclude) > variant.n_items:
         raise BackendError(f"an item index is outside the catalogue: use 1 to {variant.n_items}, and 0 for padding")
     if well_packed(items, lengths): return
-    if not (0 < lengths.min() and lengths.max() <= variant.length):
+    if lengths.min() < 1 or lengths.max() > variant.length:
         raise BackendError(f"a length is outside 1 to {variant.length}: an empty history has no answer here")
     raise BackendError("a history has gaps, or another length than stated: put its items first and 0 after them")
 
@@ -179,7 +179,8 @@ def compile_variant(
 def draw_inputs(length: int, n_items: int, batch: int, excluded: int, short: bool) -> tuple[np.ndarray, ...]:
     "Draw a batch for a comparison; `short` makes every history one item long."
     from workbench.optimization.export import example_inputs
-    items, lengths, exclude = (x.numpy() for x in example_inputs(length, n_items, batch, excluded, seed=batch + excluded))
+    drawn = example_inputs(length, n_items, batch, excluded, seed=batch + excluded)
+    items, lengths, exclude = (tensor.numpy() for tensor in drawn)
     if short: items[:, 1:], lengths[:] = 0, 1
     return items, lengths, exclude
 
@@ -208,7 +209,7 @@ def check_answer(
         return float((~real | (np.abs(parents - best) <= tolerance))[:, :top].mean())
 
 # %% ../../nbs/optimization/05_variants.ipynb #584d4f47
-CASES = ((1, 1, False), (3, 5, False), (3, 40, True), (None, 20, False))  # batch (None: the largest), exclusions, one item
+CASES = ((1, 1, False), (3, 5, False), (3, 40, True), (None, 20, False))  # batch (None: largest), exclusions, one item
 
 def check_parity(
     answer: Answer,      # of the variant

@@ -109,6 +109,7 @@ def load_reference(
         with torch.inference_mode(): return module(*inputs)
     return answer
 
+# %% ../../nbs/optimization/06_worker.ipynb #86111517
 class Desk:
     "What a worker holds: an answer, and the cases it is asked about."
     def load(self, folder: str, cases: str, threads: int, k: int = 0) -> dict[str, Any]:
@@ -128,30 +129,42 @@ class Desk:
         import torch
         return [tuple(map(torch.from_numpy, batch)) for batch in batches]
 
-    def latency(self, calls: int, start: int) -> dict[str, Any]: return measure_latency(self.answer, self.batches[1], calls, start)
+    def latency(self, calls: int, start: int) -> dict[str, Any]:
+        "Time single calls."
+        return measure_latency(self.answer, self.batches[1], calls, start)
+
     def throughput(self, batch: int, seconds: float) -> dict[str, Any]:
+        "Count answers."
         return measure_throughput(self.answer, self.batches[batch], seconds)
+
     def memory(self) -> dict[str, Any]: return {"bytes": peak_memory()}
 
     def rank(self, path: str) -> dict[str, Any]:
         "Answer every case and write ids and scores to an .npz file."
-        ids, scores = zip(*(self.answer(*batch) for batch in self.batches[1]), strict=True)
-        np.savez(path, ids=np.concatenate(list(map(np.asarray, ids))), scores=np.concatenate(list(map(np.asarray, scores))))
+        answers = [tuple(map(np.asarray, self.answer(*batch))) for batch in self.batches[1]]
+        ids, scores = (np.concatenate(part) for part in zip(*answers, strict=True))
+        np.savez(path, ids=ids, scores=scores)
         return {"cases": len(ids)}
 
 # %% ../../nbs/optimization/06_worker.ipynb #8875f3f4
-def compile_task(desk: Desk, model: str, folder: str, backend: str, compression: str, k: int, threads: int) -> dict[str, Any]:
+def compile_task(
+    desk: Desk,          # not used: compiling leaves nothing on it
+    model: str,          # folder of `save_model`
+    folder: str,         # where the variant goes
+    threads: int,        # CPU threads of the compiler and of the variant
+    **choice: Any,       # backend, compression and k of `compile_variant`
+) -> dict[str, Any]:     # "seconds" taken and "size" in bytes
     "Compile a saved model into a variant."
     import torch
     from workbench.models.ranker import load_model
     from workbench.optimization.variants import compile_variant
     torch.set_num_threads(threads)
     begun = time.perf_counter()
-    variant = compile_variant(load_model(model), folder, backend, compression, k, threads)
+    variant = compile_variant(load_model(model), folder, threads=threads, **choice)
     return {"seconds": time.perf_counter() - begun, "size": variant.size}
 
-TASKS = {"load": Desk.load, "latency": Desk.latency, "throughput": Desk.throughput, "memory": Desk.memory, "rank": Desk.rank,
-         "compile": compile_task}
+TASKS = {"load": Desk.load, "latency": Desk.latency, "throughput": Desk.throughput, "memory": Desk.memory,
+         "rank": Desk.rank, "compile": compile_task}
 
 def serve(lines, write: Callable[[str], Any]) -> None:
     "Answer one request a line until the lines end; what goes wrong is an answer too."

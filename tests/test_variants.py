@@ -1,0 +1,236 @@
+"""Variants: what is wrong is refused with its reason, what is right is the model, and the bench tells the two apart."""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from workbench.data.histories import pack
+from workbench.errors import BackendError
+from workbench.models.baselines import Blend, Neighbours, fit_item_knn, fit_popularity
+from workbench.models.ranker import models, save_model
+from workbench.models.sequential import SASRec
+from workbench.optimization.backends import Backend, OnnxRuntime, backends
+from workbench.optimization.benchmark import bench
+from workbench.optimization.choose import Gate, VariantTable
+from workbench.optimization.export import MAX_BATCH, TopK, example_inputs, export_program
+from workbench.optimization.variants import Variant, check_parity, compile_variant
+
+N_ITEMS, LENGTH, K = 150, 12, 10
+BACKENDS = ["eager", "inductor", "onnxruntime", "openvino"]
+
+
+def sasrec(seed=0):
+    torch.manual_seed(seed)
+    model = SASRec(n_items=N_ITEMS, length=LENGTH, width=16).eval()
+    with torch.no_grad():
+        model.items.weight[1:].normal_()
+    return model
+
+
+def histories(users=40, events=16):
+    draw = np.random.default_rng(0)
+    items = draw.integers(0, N_ITEMS, users * events)
+    items[:N_ITEMS] = np.arange(N_ITEMS)
+    return pack("walks", np.repeat(np.arange(users), events), items, np.arange(users * events), np.arange(users).astype(str),
+                np.arange(N_ITEMS).astype(str), exclude_seen=True)
+
+
+def expected(model, inputs, k=K):
+    with torch.inference_mode():
+        return [x.numpy() for x in TopK(model, k)(*inputs)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    "One variant of each backend, of one model; a backend that is not here skips its tests with its reason."
+    folder, made = tmp_path_factory.mktemp("variants"), {}
+
+    def get(name):
+        if reason := backends[name].available():
+            pytest.skip(reason)
+        if name not in made:
+            made[name] = compile_variant(sasrec(), folder / name, name, k=K)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_variant_answers_like_the_model_at_any_batch_and_any_number_of_exclusions(compiled, name):
+    answer = compiled(name).callable(threads=1)
+    for batch, excluded in ((1, 1), (33, 60), (1, N_ITEMS), (3, 500), (MAX_BATCH, 7)):
+        inputs = example_inputs(LENGTH, N_ITEMS, batch, excluded, seed=batch)
+        inputs[2][:, 100:] = 0
+        ids, scores = answer(*(x.numpy() for x in inputs))
+        wanted_ids, wanted_scores = expected(sasrec(), inputs)
+        np.testing.assert_array_equal(ids, wanted_ids)
+        np.testing.assert_allclose(scores, wanted_scores, atol=1e-5)
+        assert not (ids[:, :, None] == inputs[2].numpy()[:, None]).any()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_cannot_be_answered_is_a_typed_error_and_the_next_call_is_right(compiled, name):
+    answer = compiled(name).callable()
+    items, lengths, exclude = (x.numpy() for x in example_inputs(LENGTH, N_ITEMS))
+    bad = {
+        "batch of 0": (items[:0], lengths[:0], exclude[:0]),
+        "batch of 257": tuple(np.repeat(x[:1], MAX_BATCH + 1, axis=0) for x in (items, lengths, exclude)),
+        "2 lengths": (items, lengths[:2], exclude),
+        "columns": (items[:, :-1], lengths, exclude),
+        "outside the catalogue": (np.where(items > 0, N_ITEMS + 1, 0), lengths, exclude),
+        "an item index": (items, lengths, np.full_like(exclude, -1)),
+        "empty history": (items * 0, lengths * 0, exclude),
+        "gaps": (items * 0, lengths, exclude),
+        "int64": (items.astype(np.float32), lengths, exclude),
+        "excluded items": (items, lengths, exclude[:, :0]),
+    }
+    for message, inputs in bad.items():
+        with pytest.raises(BackendError, match=message):
+            answer(*inputs)
+    np.testing.assert_array_equal(answer(items, lengths, exclude)[0],
+                                  expected(sasrec(), [torch.from_numpy(x) for x in (items, lengths, exclude)])[0])
+
+
+class Swapped(OnnxRuntime):
+    "A backend with a bug: it reads the vectors of items 1 and 2 the wrong way round."
+
+    name = "swapped"
+
+    def compile(self, program, folder, threads=1):
+        model = sasrec()
+        with torch.no_grad():
+            model.items.weight[[1, 2]] = model.items.weight[[2, 1]]
+        super().compile(export_program(model, K), folder, threads)
+
+
+class NotANumber(OnnxRuntime):
+    "A backend with another bug: its scores are not numbers."
+
+    name = "not_a_number"
+
+    def load(self, folder, threads=1):
+        run = super().load(folder, threads)
+        return lambda *inputs: (lambda ids, scores: (ids, scores * np.nan))(*run(*inputs))
+
+
+class Absent(Backend):
+    "A backend that is not installed."
+
+    name, needs = "absent", ("no_such_library",)
+
+
+@pytest.fixture
+def broken():
+    "Backends with faults, registered while a test runs."
+    for backend in (Swapped(), NotANumber(), Absent()):
+        backends.register(backend.name, backend)
+    yield
+    for name in ("swapped", "not_a_number", "absent"):
+        del backends[name]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("swapped", "parity"), ("not_a_number", "not finite"), ("absent", "pip install")])
+def test_a_wrong_variant_is_refused_and_leaves_nothing(broken, tmp_path, name, reason):
+    with pytest.raises(BackendError, match=reason):
+        compile_variant(sasrec(), tmp_path / "v", name, k=K)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parity_is_what_refuses_a_wrong_variant(broken, tmp_path, monkeypatch):
+    "With the guard off, the same fault gets through: the test above tests the guard."
+    monkeypatch.setattr("workbench.optimization.variants.check_parity", lambda *_: None)
+    wrong = compile_variant(sasrec(), tmp_path / "v", "swapped", k=K)
+    with pytest.raises(BackendError, match="parity"):
+        check_parity(wrong.callable(), TopK(sasrec(), K), 1.0)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "added", "record"])
+def test_a_damaged_variant_is_refused(tmp_path, damage):
+    folder = compile_variant(sasrec(), tmp_path / "v", "onnxruntime", k=K).folder
+    file = folder / "model.onnx"
+    data = bytearray(file.read_bytes())
+    if damage == "truncated":
+        file.write_bytes(data[:-100])
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "added":
+        (folder / "more.bin").write_bytes(b"x")
+    else:
+        (folder / "variant.json").write_text('{"backend": "onnxruntime"')
+    with pytest.raises(BackendError, match="compile it again"):
+        Variant.load(folder)
+
+
+def test_a_variant_made_for_another_processor_is_refused(tmp_path):
+    folder = compile_variant(sasrec(), tmp_path / "v", "onnxruntime", k=K).folder
+    record = json.loads((folder / "variant.json").read_text())
+    (folder / "variant.json").write_text(json.dumps(record | {"processor": "avx512_of_tomorrow"}))
+    with pytest.raises(BackendError, match="avx512_of_tomorrow"):
+        Variant.load(folder)
+
+
+def test_a_build_that_is_killed_leaves_no_variant_and_can_be_repeated(tmp_path):
+    save_model(sasrec(), tmp_path / "model")
+    code = (f"from workbench.models.ranker import load_model; from workbench.optimization.variants import compile_variant;"
+            f"print('compiling', flush=True); compile_variant(load_model({str(tmp_path / 'model')!r}), {str(tmp_path / 'v')!r}, 'openvino')")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".v.*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "v").exists()
+    assert compile_variant(sasrec(), tmp_path / "v", "onnxruntime", k=K).name == "onnxruntime"
+
+
+@pytest.mark.parametrize("kind", ["popularity", "neighbours", "blend"])
+def test_baselines_and_blends_compile_like_any_model(tmp_path, kind):
+    data = histories()
+    knn = fit_item_knn(data.train, length=5)
+    model = {"popularity": fit_popularity(data.train), "neighbours": knn, "blend": Blend([sasrec(), knn], [0.7, 0.3]).eval()}[kind]
+    variant = compile_variant(model, tmp_path / "v", "onnxruntime", k=K)
+    inputs = example_inputs(variant.length, N_ITEMS, 9, 20)
+    ids, scores = variant.callable()(*(x.numpy() for x in inputs))
+    with torch.inference_mode():
+        exact = TopK(model, K).masked(*inputs).numpy()
+    np.testing.assert_allclose(np.take_along_axis(exact, ids, 1), expected(model, inputs)[1], atol=1e-4)
+    np.testing.assert_allclose(scores, expected(model, inputs)[1], atol=1e-4)
+
+
+def test_the_bench_measures_what_works_and_gives_reasons_for_the_rest(broken, tmp_path):
+    table = bench(sasrec(), histories(), tmp_path, backends=["onnxruntime", "absent", "eager"], k=K, rounds=2, progress=False)
+    rows = {row["variant"]: row for row in table.rows}
+    assert rows["absent"]["status"] == "missing" and "no_such_library is not installed" in rows["absent"]["reason"]
+    for name in ("onnxruntime", "onnxruntime+int8_scan", "eager"):
+        row = rows[name]
+        assert row["status"] == "ok", row["reason"]
+        assert all(row[figure] > 0 for figure in ("p50", "p99", "ratio", "throughput_1", "throughput_8", "throughput_32", "cpu",
+                                                  "load", "memory", "size"))
+    assert rows["onnxruntime"]["agreement"] == rows["eager"]["agreement"] == rows["reference"]["agreement"] == 1.0
+    assert rows["onnxruntime"]["ndcg"] == rows["reference"]["ndcg"]
+    assert rows["onnxruntime"]["memory"] < rows["reference"]["memory"], "a service of this variant loads no PyTorch"
+    read = VariantTable.load(tmp_path)
+    assert read == table and {"processor", "cores", "instruction_sets", "versions"} <= set(read.facts)
+    assert read.choose(Gate(ndcg=0.0)).folder == tmp_path / "variants" / read.decide(Gate(ndcg=0.0)).variant
+    assert read.choose(Gate(ndcg=1.4)).name == "eager", "nothing passes: the uncompiled program, and the reason is said"
+    assert "no variant passed" in read.decide(Gate(ndcg=1.4)).reason
+
+
+def test_the_rewrite_of_a_large_catalogue_stays_sparse(tmp_path):
+    lists = Neighbours(n_items=6_000, width=4, length=3).eval()
+    lists.neighbours.copy_(torch.randint(1, 6_001, (6_001, 4)))
+    lists.weights.copy_(torch.rand(6_001, 4))
+    assert compile_variant(lists, tmp_path / "v", "onnxruntime", k=K).size < 2_000_000
+
+
+def test_every_registered_model_can_be_the_parent_of_a_variant():
+    "A model that is added later must export, so it is listed here or this fails."
+    assert {"popularity", "neighbours", "blend", "sasrec"} == {name for name in models if not name.startswith("test")}
