@@ -207,7 +207,7 @@ def machine() -> dict[str, Any]:
 # %% ../../nbs/optimization/08_benchmark.ipynb #46b2f2ce
 def notes(total: int, progress: bool) -> tuple[Any, Callable[[str], None]]:
     "Make a progress bar of `total` steps, and what to call with the name of each step."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     bar = tqdm(total=total, disable=not progress, leave=False, bar_format="{desc} {bar} {n_fmt}/{total_fmt}")
     def note(text: str) -> None:
         bar.set_description_str(text)

@@ -85,7 +85,7 @@ def readable(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> Tab
     return Table([{title: row.get(key) for key, title in used.items()} for row in rows], TITLE.format(**facts), UNITS)
 
 # %% ../../nbs/optimization/07_choose.ipynb #a1f2aa22
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VariantTable:
     "Every variant of one model, measured on one machine."
     rows: tuple[dict[str, Any], ...]    # one a variant, the reference first
@@ -122,6 +122,7 @@ class VariantTable:
         found = read_json(Path(folder)/"table.json")
         return cls(tuple(found["rows"]), Path(folder), found["facts"])
 
+    def __repr__(self) -> str: return f"VariantTable({', '.join(row['variant'] for row in self.rows)})"
     def _repr_html_(self) -> str: return self.table()._repr_html_()
     def __rich__(self): return self.table().__rich__()
 
