@@ -159,6 +159,9 @@ def test_a_similar_request_is_checked_too(port):
 def test_an_oversized_body_is_refused_before_it_is_read(port):
     status, _, answer = post(port, "/recommend", b'{"history": ["' + b"x" * 70_000 + b'"]}')
     assert status == 413 and answer["error"]["code"] == "too_large"
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as sender, sender.makefile("rb") as reader:
+        sender.sendall(head(400_000_000))  # and nothing of it: the answer does not wait
+        assert reader.readline().startswith(b"HTTP/1.1 413")
 
 
 def test_a_chunked_body_is_counted_while_it_arrives(port):
