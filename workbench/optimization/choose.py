@@ -129,9 +129,10 @@ class VariantTable:
 # %% ../../nbs/optimization/07_choose.ipynb #ddad1f66
 def plot_front(rows: Sequence[Mapping[str, Any]], gate: Gate) -> "Figure":
     "Plot each measured row, the Pareto front and the gate."
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes, measured = figure.subplots(), {row["variant"]: row for row in rows if row["status"] in ("ok", "reference")}
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    plt.close(figure)                                                # it is shown as a value, not by the way
+    measured = {row["variant"]: row for row in rows if row["status"] in ("ok", "reference")}
     front = [measured[name] for name in pareto_front(rows)]
     axes.plot([row["p50"] for row in front], [row["ndcg_share"] for row in front], color="0.8", zorder=0)
     for name, row in measured.items():
