@@ -41,3 +41,7 @@ class Registry(dict[str, T]):
             raise ValueError(f"a {self.kind} named {name!r} is already registered")
         self[name] = value
         return value
+
+    def name_of(self, value: object) -> str | None:  # None when it is not registered
+        "Return the name of a registered thing; a class that its notebook has defined again is still the same."
+        return next((name for name, known in self.items() if called(known) == called(value)), None)

@@ -209,9 +209,13 @@ class Blend(Ranker):
         self.to_scale = scales[scale]
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
-        scores = sum(weight*self.to_scale(member(*last_items(items, lengths, member.length))[:, 1:])
+        scores = sum(weight*self.scaled(member, items, lengths)
                      for weight, member in zip(self.weights, self.members, strict=True))
         return nn.functional.pad(scores, (1, 0))
+
+    def scaled(self, member: Ranker, items: Tensor, lengths: Tensor) -> Tensor:  # float32[B, n_items]
+        "Return what one member thinks, on the common scale."
+        return self.to_scale(member(*last_items(items, lengths, member.length))[:, 1:])
 
     def config(self) -> dict[str, Any]:
         return {"members": [describe(member) for member in self.members], "weights": self.weights, "scale": self.scale}

@@ -105,8 +105,8 @@ models: Registry[type[Ranker]] = Registry("model")
 
 def describe(model: Ranker) -> dict[str, Any]:  # {"name": …, "config": …}
     "Return the registered name and the configuration of a model."
-    for name, kind in models.items():
-        if type(model) is kind: return {"name": name, "config": model.config()}
+    name = models.name_of(type(model))
+    if name: return {"name": name, "config": model.config()}
     raise ModelError(f"{type(model).__name__} is not a registered model: add it with models.register(name, class)")
 
 def save_model(

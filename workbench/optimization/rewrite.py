@@ -45,7 +45,7 @@ rewrites: Registry[Callable[[Ranker], Ranker]] = Registry("rewrite")
 
 def serving_form(model: Ranker) -> Ranker:  # the same scores, up to rounding
     "Return the form of a model that is fastest to ask; the model itself when no other is known."
-    name = next((name for name, kind in models.items() if type(model) is kind), None)
+    name = models.name_of(type(model))
     return rewrites[name](model).eval() if name in rewrites else model
 
 def blend_of_forms(model: Blend) -> Blend:
