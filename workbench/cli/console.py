@@ -32,7 +32,7 @@ def emit(
     if as_json: return print(json.dumps(plain(data), indent=2, ensure_ascii=False))
     from rich.console import Console
     from rich.text import Text
-    console = Console(soft_wrap=False)
+    console = Console(force_jupyter=False)
     for part in parts if parts is not None else [data]:
         # Text is printed as it is: a path in square brackets is no mark-up, and a long path is not cut in two.
         if isinstance(part, str): console.print(Text(part), soft_wrap=True)
