@@ -159,7 +159,7 @@ def settings() -> Settings:
 QUIET = {"DO_NOT_TRACK": "1", "BENTOML_DO_NOT_TRACK": "True", "MLFLOW_DISABLE_TELEMETRY": "true",
          "DAGSTER_DISABLE_TELEMETRY": "yes", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_DISABLE_TELEMETRY": "1",
          "GIT_PYTHON_REFRESH": "quiet", "OPENVINO_TELEMETRY": "0",
-         "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+         "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
 
 def quiet_environment(
     environment: Mapping[str, str] | None = None,  # what to start from; None for os.environ

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARRAYS', 'REPEATS', 'FACTS', 'gather', 'Split', 'Packed', 'Histories', 'leave_last_out', 'cut_by_time', 'core',
-           'repeated', 'pack', 'fingerprint', 'save_histories', 'load_histories']
+           'repeated', 'pack', 'describe', 'size_table', 'plot_histories', 'fingerprint', 'save_histories',
+           'load_histories']
 
 # %% ../../nbs/data/01_histories.ipynb #87781d70
 import hashlib
@@ -12,11 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import DataError
 from ..files import publish, read_json, sha256, write_json
+from ..tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/data/01_histories.ipynb #8a269d96
 def gather(
@@ -137,6 +143,10 @@ class Histories(Packed):
 
     @property
     def fingerprint(self) -> str: return fingerprint(self)
+    def to_dict(self) -> dict[str, Any]: return describe(self)
+    def plot(self) -> "Figure": return plot_histories(self)
+    def _repr_html_(self) -> str: return size_table(self)._repr_html_()
+    def __rich__(self): return size_table(self).__rich__()
     def save(self, folder: str | Path) -> Path: return save_histories(self, folder)
     @classmethod
     def load(cls, folder: str | Path, verify: bool = False) -> "Histories": return load_histories(folder, verify)
@@ -214,9 +224,35 @@ def pack(
     share = float(repeated(whole.validation).mean())
     return replace(whole, repeat_share=share, exclude_seen=share <= REPEATS if exclude_seen is None else exclude_seen)
 
-# %% ../../nbs/data/01_histories.ipynb #e48bfe18
+# %% ../../nbs/data/01_histories.ipynb #91a04950
 FACTS = ("name", "exclude_seen", "repeat_share", "rule")
 
+def describe(histories: Histories) -> dict[str, Any]:
+    "Return sizes, rules and the fingerprint of histories as plain data."
+    return {**{key: getattr(histories, key) for key in FACTS}, "users": histories.n_users, "items": histories.n_items,
+            "interactions": histories.n_interactions, "validation_cases": len(histories.validation),
+            "test_cases": len(histories.test), "fingerprint": histories.fingerprint}
+
+def size_table(histories: Histories) -> Table:
+    "Return sizes and rules as a table of one row."
+    facts = describe(histories)
+    shown = ("users", "items", "interactions", "validation_cases", "test_cases", "rule", "exclude_seen", "repeat_share")
+    return Table([{key.replace("_", " "): facts[key] for key in shown}], histories.name)
+
+# %% ../../nbs/data/01_histories.ipynb #61675875
+def plot_histories(histories: Histories) -> "Figure":
+    "Draw how often items were played, by rank, and how long the histories are."
+    from matplotlib import pyplot
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    pyplot.close(figure)                           # shown where it is returned to, and only there
+    plays, lengths = np.bincount(histories.items)[1:], np.diff(histories.offsets)
+    left.loglog(np.arange(1, len(plays) + 1), np.sort(plays)[::-1])
+    left.set(xlabel="item, by popularity", ylabel="plays")
+    right.hist(lengths, bins=np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 40))
+    right.set(xscale="log", xlabel="items in a history", ylabel="users")
+    return figure
+
+# %% ../../nbs/data/01_histories.ipynb #e48bfe18
 def fingerprint(histories: Histories) -> str:  # 16 hexadecimal digits
     "Return a short name for the content: arrays, vocabularies and split."
     digest = hashlib.sha256()
@@ -231,10 +267,8 @@ def save_histories(
     "Write histories to a folder that appears whole or not at all."
     with publish(folder) as aside:
         for name in ARRAYS: np.save(aside/f"{name}.npy", getattr(histories, name), allow_pickle=False)
-        write_json(aside/"histories.json", {
-            **{key: getattr(histories, key) for key in FACTS}, "users": histories.n_users, "items": histories.n_items,
-            "interactions": histories.n_interactions, "fingerprint": fingerprint(histories),
-            "sha256": {name: sha256(aside/f"{name}.npy") for name in ARRAYS}})
+        write_json(aside/"histories.json",
+                   describe(histories) | {"sha256": {name: sha256(aside/f"{name}.npy") for name in ARRAYS}})
     return Path(folder)
 
 def load_histories(

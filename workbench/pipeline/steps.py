@@ -92,6 +92,10 @@ class Step:
         if name in self.inputs: return Path(self.inputs[name])
         raise PipelineError(f"step {self.name} does not need {name}: add it to needs of [steps.{self.name}]")
 
+    def facts(self, name: str) -> dict[str, Any]:
+        "Return what a step before this one said when it was done."
+        return read_json(self.input(name)/STEP)["facts"]
+
     def run(self) -> dict[str, Any]:
         "Return the record of the run so far; by hand, that of the newest successful run."
         if self.run_id: return read_json(runs_folder(self.home)/self.run_id/"run.json")

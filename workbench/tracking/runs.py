@@ -35,6 +35,7 @@ def quiet_mlflow() -> None:
 @contextmanager
 def hushed(level: int = logging.WARNING) -> Iterator[None]:
     "Keep the notes of MLflow and Alembic below `level` while the block runs."
+    import mlflow                                  # importing it sets its loggers up anew
     loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
     before = [logger.level for logger in loggers]
     for logger in loggers: logger.setLevel(level)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'SAMPLE', 'decide', 'build_model', 'build_loss', 'sample_cases', 'validate', 'save_checkpoint',
-           'load_checkpoint', 'Curve', 'KeepBest', 'Budget', 'Progress', 'Run', 'quiet', 'summarise', 'make_trainer',
-           'fit', 'keep_last']
+           'load_checkpoint', 'Curve', 'KeepBest', 'Budget', 'Progress', 'Run', 'quiet', 'summarise', 'set_threads',
+           'make_trainer', 'fit', 'keep_last']
 
 # %% ../../nbs/training/03_fit.ipynb #11a3df50
 import io, logging, sys, time, warnings
@@ -204,6 +204,13 @@ def summarise(rows: list[dict[str, Any]], best: dict[str, Any], seconds: float) 
     rates = [row["targets_per_second"] for row in rows]
     return {"ndcg@10": best["ndcg@10"], "best_epoch": best["epoch"], "epochs": len(rows), "loss": rows[-1]["loss"],
             "seconds": seconds, "targets_per_second": float(np.median(rates))}
+
+# %% ../../nbs/training/03_fit.ipynb #6a8fa8aa
+def set_threads() -> int:  # CPU threads that PyTorch computes with now
+    "Let PyTorch use as many threads as the setting says."
+    from workbench.settings import settings
+    if settings().training.threads: torch.set_num_threads(settings().training.threads)
+    return torch.get_num_threads()
 
 # %% ../../nbs/training/03_fit.ipynb #2ab56e4c
 def make_trainer(recipe: Recipe, logger: Any, callbacks: list[Callback]) -> lightning.Trainer:
