@@ -31,7 +31,9 @@ def step_asset(pipeline: Pipeline, step: PlannedStep) -> dagster.AssetsDefinitio
         required_resource_keys={"session"}, description=f"The notebook {step.notebook.name}.",
         retry_policy=dagster.RetryPolicy(max_retries=step.retries, delay=1) if step.retries else None)
     def compute(context: dagster.AssetExecutionContext):
-        record = context.resources.session.step(step.name)
+        try: record = context.resources.session.step(step.name)
+        except Exception: raise
+        except BaseException as stop: raise dagster.Failure("interrupted", allow_retries=False) from stop
         return dagster.MaterializeResult(metadata={"status": record.status, "seconds": record.seconds or 0.0,
                                                    "notebook": dagster.MetadataValue.path(record.notebook),
                                                    "folder": dagster.MetadataValue.path(record.folder)})

@@ -57,10 +57,10 @@ def build_loss(recipe: Recipe, split: Split) -> torch.nn.Module:
 # %% ../../nbs/training/03_fit.ipynb #1030aa12
 SAMPLE = 5_000  # validation cases looked at while training, at most
 
-def sample_cases(split: Split, seed: int) -> Split:
-    "Return a seeded sample of at most `SAMPLE` cases."
-    if len(split) <= SAMPLE: return split
-    return split.select(np.sort(np.random.default_rng(seed).choice(len(split), SAMPLE, replace=False)))
+def sample_cases(split: Split, seed: int, most: int = SAMPLE) -> Split:
+    "Return a seeded sample of at most `most` cases."
+    if len(split) <= most: return split
+    return split.select(np.sort(np.random.default_rng(seed).choice(len(split), most, replace=False)))
 
 def validate(model: Ranker, split: Split) -> float:
     "Return NDCG@10 over the whole catalogue; leaves the model in training mode if it was."
