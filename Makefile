@@ -45,11 +45,13 @@ gpu: ## run what needs an NVIDIA GPU, on a box that has torch, lightning, numpy,
 
 docs: $(READY) ## build the site into site/
 	$(BIN)/pip install --quiet --editable ".[docs]" --constraint requirements.lock
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -c "from workbench.cli.commands import reference; print(reference(), end='')" > docs/cli.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 export: $(READY) ## export the notebooks to workbench/, and clean them
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+	for notebook in pipelines/*.ipynb pipelines/benchmarks/*.ipynb; do $(BIN)/nbdev-clean --fname $$notebook; done
 
 hooks: $(READY) ## install the git hooks (clean, export check, ruff) and the notebook merge driver
 	git config --local include.path ../.gitconfig
