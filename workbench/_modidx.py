@@ -453,6 +453,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'workbench.files.fsync': ('files.html#fsync', 'workbench/files.py'),
                                  'workbench.files.hold_lock': ('files.html#hold_lock', 'workbench/files.py'),
                                  'workbench.files.is_alive': ('files.html#is_alive', 'workbench/files.py'),
+                                 'workbench.files.private_folder': ('files.html#private_folder', 'workbench/files.py'),
                                  'workbench.files.publish': ('files.html#publish', 'workbench/files.py'),
                                  'workbench.files.read_json': ('files.html#read_json', 'workbench/files.py'),
                                  'workbench.files.sha256': ('files.html#sha256', 'workbench/files.py'),

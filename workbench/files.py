@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTIAL', 'fsync', 'write_atomic', 'write_json', 'read_json', 'publish', 'is_alive', 'sweep', 'sha256', 'checksums',
-           'verify', 'hold_lock']
+           'verify', 'private_folder', 'hold_lock']
 
 # %% ../nbs/02_files.ipynb #7ca5c72b
 import hashlib, json, os, shutil
@@ -115,6 +115,11 @@ def verify(
             + [f"{name} was changed" for name in expected if found.get(name, expected[name]) != expected[name]])
 
 # %% ../nbs/02_files.ipynb #725bb2f5
+def private_folder(path: str | Path) -> Path:  # the folder
+    "Make a folder that no other user can look into, unless it is there."
+    Path(path).mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Path(path)
+
 @contextmanager
 def hold_lock(
     path: str | Path,          # the lock file; what it guards is up to the caller

@@ -9,7 +9,7 @@ __all__ = ['app', 'data', 'Json', 'Run', 'Parameters', 'Name', 'Columns', 'Bundl
 
 # %% ../../nbs/cli/05_commands.ipynb #a7f079e0
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -24,7 +24,7 @@ app.add_typer(data, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to the standard output.")]
 Run = Annotated[str, typer.Argument(help="A run's id, or latest.")]
-Parameters = Annotated[Optional[list[str]], typer.Option(
+Parameters = Annotated[list[str] | None, typer.Option(
     "--parameter", "-p", metavar="NAME=VALUE", help="A parameter of the pipeline's steps; may be repeated.")]
 
 def print_version(wanted: bool) -> None:
@@ -85,7 +85,7 @@ def show(run: Run = "latest", as_json: Json = False) -> None:
 
 # %% ../../nbs/cli/05_commands.ipynb #308bb67f
 Name = Annotated[str, typer.Argument(help="A named data set; see workbench data list.")]
-Columns = Annotated[Optional[str], typer.Option(help="A log's names for user, item and time, with commas between.")]
+Columns = Annotated[str | None, typer.Option(help="A log's names for user, item and time, with commas between.")]
 
 @data.command("list")
 def list_data(as_json: Json = False) -> None:
@@ -131,15 +131,15 @@ def bench(
     "Compile a run's winning model for this machine in every way there is, and measure each."
     from workbench.cli.results import bench_again, find_run
     table = bench_again(find_run(run), minutes, progress=not as_json)
-    emit(table, [table.table()], as_json)
+    emit(table, as_json=as_json)
 
 # %% ../../nbs/cli/05_commands.ipynb #00789a78
-Bundle = Annotated[Optional[Path], typer.Option(help="The folder of a bundle; the champion's unless given.")]
+Bundle = Annotated[Path | None, typer.Option(help="The folder of a bundle; the champion's unless given.")]
 
 @app.command()
 def recommend(
-    user: Annotated[Optional[str], typer.Option(help="A user of the log.")] = None,
-    history: Annotated[Optional[str], typer.Option(help="Item ids, oldest first, with commas between.")] = None,
+    user: Annotated[str | None, typer.Option(help="A user of the log.")] = None,
+    history: Annotated[str | None, typer.Option(help="Item ids, oldest first, with commas between.")] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="How many items.")] = 10,
     bundle: Bundle = None,
     as_json: Json = False,
@@ -154,9 +154,9 @@ def recommend(
 @app.command()
 def promote(
     run: Run = "latest",
-    version: Annotated[Optional[int], typer.Option(help="A version to promote, instead of the run's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Go past the comparison; never past a missing or infinite metric.")]
-        = False,
+    version: Annotated[int | None, typer.Option(help="A version to promote, instead of the run's.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go past the comparison; never past a missing or infinite metric.")] = False,
     as_json: Json = False,
 ) -> None:
     "Make a run's model the champion, unless it is worse than the one that is."
@@ -166,8 +166,8 @@ def promote(
     emit(decision, [str(decision)], as_json)
 
 # %% ../../nbs/cli/05_commands.ipynb #b5bb87e2
-Port = Annotated[Optional[int], typer.Option(min=1, max=65535, help="The port to listen on; from settings.ini unless given.")]
-Host = Annotated[Optional[str], typer.Option(help="A loopback address to listen on.")]
+Port = Annotated[int | None, typer.Option(help="The port to listen on; from settings.ini unless given.")]
+Host = Annotated[str | None, typer.Option(help="A loopback address to listen on.")]
 
 @app.command()
 def serve(port: Port = None, host: Host = None, bundle: Bundle = None) -> None:
@@ -175,7 +175,7 @@ def serve(port: Port = None, host: Host = None, bundle: Bundle = None) -> None:
     from workbench.cli.servers import become, check_address
     from workbench.settings import settings
     chosen = settings().serving
-    address = host or chosen.host, port or chosen.port
+    address = host or chosen.host, chosen.port if port is None else port
     check_address(*address, "workbench serve")
     from workbench.cli.results import champion_bundle
     from workbench.serving.packaging import serve_command
@@ -183,7 +183,7 @@ def serve(port: Port = None, host: Host = None, bundle: Bundle = None) -> None:
 
 @app.command()
 def lab(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8888,
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8888,
     browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
 ) -> None:
     "Open JupyterLab on the notebooks, on this machine alone."
@@ -201,8 +201,9 @@ def doctor(as_json: Json = False) -> None:
 # %% ../../nbs/cli/05_commands.ipynb #206120e2
 def option_line(parameter) -> str:
     "Write one argument or option as a line of the reference."
-    if parameter.param_type_name == "argument": name = parameter.make_metavar(typer.Context(app_command()))
-    else: name = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    name = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    if parameter.param_type_name == "argument":
+        name = parameter.name.upper() if parameter.required else f"[{parameter.name.upper()}]"
     default = parameter.default
     shown = f" Default: `{default}`." if default not in (None, False, True, "") and not callable(default) else ""
     return f"- `{name}`: {parameter.help or ''}{shown}"
@@ -219,8 +220,9 @@ def walk(command, path: str) -> list[tuple[str, object]]:  # (full name, command
 def reference() -> str:  # Markdown
     "Write the reference of the command line."
     parts = ["# The command line", "Made from the program itself; `workbench COMMAND --help` says the same.\n\n"
-             "Exit codes: 0 done, 1 failed, 2 the command line, a parameter or a setting is wrong, 130 interrupted. An error is "
-             "one sentence on the error output; with `--json` it is a JSON object there, with `code` and `message`."]
+             "Exit codes: 0 done, 1 failed, 2 the command line, a parameter or a setting is wrong, 130 interrupted. "
+             "An error is one sentence on the error output; with `--json` it is a JSON object there, with `code` and "
+             "`message`."]
     for path, command in walk(app_command(), "workbench"):
         lines = [option_line(each) for each in command.params if each.name != "help"]
         parts += [f"## {path}", (command.help or "").strip(), *(["\n".join(lines)] if lines else [])]

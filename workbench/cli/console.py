@@ -54,7 +54,8 @@ def complain(error: BaseException, as_json: bool = False, debug: bool = False) -
     told, code = described(error)
     if debug: traceback.print_exception(error)
     message = " ".join(told["message"].split())
-    print(json.dumps(told | {"message": message}, ensure_ascii=False) if as_json else f"Error: {message}", file=sys.stderr)
+    shown = json.dumps(told | {"message": message}, ensure_ascii=False) if as_json else f"Error: {message}"
+    print(shown, file=sys.stderr)
     return code
 
 # %% ../../nbs/cli/00_console.ipynb #2c64d9c4
@@ -65,6 +66,8 @@ def run_app(
 ) -> int:                          # 0 done, 1 failed, 2 usage, 130 interrupted
     "Run a command line; errors become one sentence and an exit code."
     debug, as_json = "--debug" in arguments, "--json" in arguments
-    try: return int(app([each for each in arguments if each != "--debug"], prog_name=program, standalone_mode=False) or 0)
+    given = [each for each in arguments if each != "--debug"]
+    try: code = int(app(given, prog_name=program, standalone_mode=False) or 0)
     except BrokenPipeError: return 1
     except (Exception, KeyboardInterrupt) as error: return complain(error, as_json, debug)
+    return complain(KeyboardInterrupt(), as_json) if code == 130 else code    # how Typer passes Ctrl-C on

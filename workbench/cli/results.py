@@ -39,8 +39,9 @@ def program() -> str:
 
 def next_lines(chosen: Settings) -> str:
     "Say what to type next."
-    name, port = program(), chosen.serving.port
-    return "\n".join(("Next:", f"  {name} serve                      the ranking service, with a page at http://127.0.0.1:{port}",
+    name, page = program(), f"http://127.0.0.1:{chosen.serving.port}"
+    return "\n".join(("Next:",
+                      f"  {name} serve                      the ranking service, with a page at {page}",
                       f"  {name} recommend --user ID        ask the champion without a server",
                       f"  {name} show latest                this summary again",
                       f"  {name} lab                        the notebooks"))
@@ -97,7 +98,8 @@ def status_of_all(chosen: Settings | None = None, most: int = 10) -> Shown:
     home = (chosen or settings()).home
     runs, champions = list_runs(home)[:most], Table(champion_rows(home), "Champions")
     if not runs: return {"runs": [], "champions": []}, ["nothing has run yet: workbench run"]
-    parts = [Table(run_rows(runs), "Newest runs", {"time": "s"}), runs[0].table(), *([champions] if champions.rows else [])]
+    parts = [Table(run_rows(runs), "Newest runs", {"time": "s"}), runs[0].table()]
+    if champions.rows: parts.append(champions)
     return {"runs": [run.to_dict() for run in runs], "champions": list(champions.rows)}, parts
 
 # %% ../../nbs/cli/04_results.ipynb #b9116eb9
@@ -115,7 +117,8 @@ def winner_of(run: PipelineRun) -> tuple[str, Any, Any]:  # name, model, histori
     from workbench.models.ranker import load_model
     folders = left_by(run, "prepare", "train", "evaluate")
     name = Summary.of(run.to_dict()).facts["evaluate"]["winner"]
-    return name, load_model(folders["train"]/"candidates"/name), Histories.load(folders["prepare"]/"histories", verify=True)
+    return (name, load_model(folders["train"]/"candidates"/name),
+            Histories.load(folders["prepare"]/"histories", verify=True))
 
 def evaluate_again(run: PipelineRun) -> "Report":
     "Evaluate the winner of a run on its test part."
@@ -130,10 +133,11 @@ def bench_again(run: PipelineRun, minutes: float = 5.0, progress: bool = True) -
     return bench(model, histories, settings().home/"bench"/run.run_id, minutes=minutes, progress=progress)
 
 # %% ../../nbs/cli/04_results.ipynb #82bf9158
-def packaged(chosen: Settings) -> dict[str, Any]:  # what the step said when it was done
-    "Return the facts of the newest finished package step."
+def packaged(chosen: Settings) -> str:
+    "Return the registered name of what was packaged last; of any champion when the steps were cleared away."
     for run in list_runs(chosen.home):
-        if facts := Summary.of(run.to_dict()).facts.get("package"): return facts
+        if facts := Summary.of(run.to_dict()).facts.get("package"): return facts["name"]
+    if champions := champion_rows(chosen.home): return champions[0]["model"]
     raise PipelineError(f"nothing has been packaged in {chosen.home}: {program()} run")
 
 def champion_bundle(chosen: Settings | None = None) -> Path:
@@ -141,20 +145,18 @@ def champion_bundle(chosen: Settings | None = None) -> Path:
     from workbench.tracking.registry import champion
     from workbench.tracking.runs import open_store
     chosen = chosen or settings()
-    name = packaged(chosen)["name"]
+    name = packaged(chosen)
     version = champion(open_store(chosen.home), name)
     if version is None: raise TrackingError(f"{name} has no champion: {program()} promote")
     if differences := version.changes():
-        raise TrackingError(f"the bundle of {name} version {version.number} is not what was registered ({'; '.join(differences)}): "
-                            f"promote another version")
+        raise TrackingError(f"the bundle of {name} version {version.number} is not what was registered "
+                            f"({'; '.join(differences)}): promote another version")
     return version.folder
 
 def ask(bundle: Path, history: Sequence[str] | None, user: str | None, k: int) -> "Answer":
     "Ask a bundle in this process."
     from workbench.serving.engine import Engine
     return Engine(bundle).recommend(history, user, k)
-
-
 
 def promote_run(run: str, number: int | None = None, force: bool = False) -> "Decision":
     "Ask for a run's version, or another of the same model, to become champion."

@@ -21,7 +21,7 @@ from .catalogue import Catalogue
 from .interactions import Interactions, from_raw, read_interactions
 from .sources import Source, from_archive, from_mirror, from_wheel
 from ..errors import DataError, UsageError
-from ..files import checksums, hold_lock, publish, read_json, sha256, sweep, verify, write_json
+from ..files import checksums, hold_lock, private_folder, publish, read_json, sha256, sweep, verify, write_json
 from ..registry import Registry
 from ..settings import settings
 
@@ -66,6 +66,7 @@ def fetch(
     "Bring a data set here unless it is here already; raises `DataError` saying why it cannot be had."
     dataset, folder = datasets[name], folder_of(name, home)
     if (folder/FETCHED).exists(): return folder
+    private_folder(folder.parent.parent)
     with hold_lock(folder.with_name(f".{name}.lock"), f"data set {name}", timeout=600):
         sweep(folder.parent)
         if (folder/FETCHED).exists(): return folder

@@ -24,11 +24,11 @@ def parse_columns(
     columns: str | Sequence[str] | Mapping[str, str] | None,  # "user,item,time", {"user_id": …}, or None for ours
 ) -> dict[str, str]:                                          # our name → the file's name, 2 or 3 of them
     "Return which columns hold user, item and time; raises `UsageError` for anything but two or three names."
-    if not columns: return dict(zip(COLUMNS, COLUMNS))
+    if not columns: return {name: name for name in COLUMNS}
     if isinstance(columns, Mapping): found = dict(columns)
     else:
         names = [name.strip() for name in columns.split(",")] if isinstance(columns, str) else list(columns)
-        found = dict(zip((*COLUMNS, "a fourth"), names))
+        found = dict(zip((*COLUMNS, "a fourth"), names, strict=False))
     distinct = {name for name in found.values() if name}
     if not set(COLUMNS[:2]) <= set(found) <= set(COLUMNS) or len(distinct) < len(found):
         raise UsageError(f"columns {columns!r} must name the file's user, item and time columns in that order, "

@@ -40,7 +40,8 @@ def place(
     wanted = scores.gather(1, targets[:, None])
     scores.scatter_(1, excluded, -torch.inf)
     lost = (scores.gather(1, targets[:, None]) < wanted)[:, 0]
-    return torch.where(lost, scores.shape[1], (scores >= wanted).sum(1, dtype=torch.int32))   # int64 takes three times as long
+    rank = (scores >= wanted).sum(1, dtype=torch.int32)        # int64 takes three times as long
+    return torch.where(lost, scores.shape[1], rank)
 
 # %% ../../nbs/evaluation/01_protocol.ipynb #5a9a8e60
 SCORES = 2**22  # scores held at a time, 16 MB of them
@@ -64,8 +65,8 @@ def checked(
         finite = torch.isfinite(scores[:, 1:]).all(1)
         if finite.all(): return scores
         bad = rows[int((~finite).nonzero()[0])]
-        raise EvaluationError(f"the scores of {split.name} case {bad} (user row {split.users[bad]}) are not all finite: "
-                              "the model is broken, train it again")
+        raise EvaluationError(f"the scores of {split.name} case {bad} (user row {split.users[bad]}) are not all "
+                              "finite: the model is broken, train it again")
     return scores
 
 # %% ../../nbs/evaluation/01_protocol.ipynb #2b35174a
@@ -114,7 +115,7 @@ def ranks(
     batch_size: int | None = None,      # cases at a time; None chooses by the size of the catalogue
     length: int | None = None,          # items of the history the model is given; None for all it looks at
 ) -> Ranking:
-    "Rank the whole catalogue for every case; raises `EvaluationError` without cases or with scores that are not finite."
+    "Rank the whole catalogue for every case; raises `EvaluationError` without cases or when scores are not finite."
     if not len(split): raise EvaluationError(f"the {split.name} part has no cases: there is nothing to measure")
     if (split.ends <= split.starts).any():
         raise EvaluationError(f"a {split.name} case has an empty history: evaluate histories of one item or more")
@@ -147,7 +148,8 @@ def popularity_bands(
     before, shares = np.zeros(len(counts)), np.cumsum(counts[order])/max(counts[1:].sum(), 1)
     before[order] = np.concatenate([[0.], shares[:-1]])
     band = np.where(counts == 0, 3, np.minimum((before*3).astype(int), 2))
-    names = [f"{name} ({(band[1:] == i).sum():,} items)" for i, name in enumerate(("head", "middle", "tail", "never played"))]
+    kinds = ("head", "middle", "tail", "never played")
+    names = [f"{kind} ({(band[1:] == i).sum():,} items)" for i, kind in enumerate(kinds)]
     return {name: band[targets] == i for i, name in enumerate(names) if (band[targets] == i).any()}
 
 # %% ../../nbs/evaluation/01_protocol.ipynb #6f71f673
@@ -272,8 +274,8 @@ def case_fingerprint(
 ) -> str:                  # 16 hexadecimal digits
     "Name the cases of a split by their content."
     digest = hashlib.sha256(f"{split.name} {split.n_items} {bool(exclude_seen)}".encode())
-    for part in (split.users, split.starts, split.ends, split.targets): digest.update(np.ascontiguousarray(part).tobytes())
-    digest.update(np.ascontiguousarray(split.items).tobytes())
+    for part in (split.users, split.starts, split.ends, split.targets, split.items):
+        digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()[:16]
 
 def slice_cases(

@@ -73,7 +73,8 @@ def standing(record: Mapping[str, Any]) -> str:  # succeeded, failed, killed or 
 
 def so_far(record: Mapping[str, Any]) -> float | None:  # seconds; None when its owner was gone before it could say
     "Return how long a run took, or has been running."
-    if record["status"] != "running": return record["seconds"] or None
+    if record["status"] == "killed": return record["seconds"] or None
+    if record["status"] != "running": return record["seconds"]
     return (datetime.now(UTC) - datetime.fromisoformat(record["started"])).total_seconds()
 
 def broken_steps(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

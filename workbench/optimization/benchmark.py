@@ -72,7 +72,8 @@ class Clock:
         "Return what is left; raises BackendError when it is nothing."
         seconds = self.end - time.monotonic()
         if seconds > 0: return seconds
-        raise BackendError(f"the budget of {self.minutes:g} minutes was used up before its turn: raise it, or try fewer")
+        raise BackendError(f"the budget of {self.minutes:g} minutes was used up before its turn: raise it, or try "
+                           "fewer")
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
@@ -236,7 +237,7 @@ def compete(
 def bench(
     model: Ranker,                                # of a registered class, in evaluation mode
     histories: Histories,                         # whose cases are asked about
-    folder: str | Path,                           # variants/ and table.json are written here
+    folder: str | Path | None = None,             # gets variants/ and table.json; None for a temporary folder
     backends: Iterable[str] | None = None,        # None for all registered
     compressions: Iterable[str] | None = None,    # None for all registered
     k: int | None = None,                         # items a variant returns; None for serving.max_k
@@ -247,7 +248,8 @@ def bench(
     progress: bool = True,                        # show a bar
 ) -> VariantTable:                                # saved in `folder`
     "Compile a model every way there is, compare each with the model, and measure them side by side."
-    k, threads, folder = k or settings().serving.max_k, threads or settings().serving.threads, Path(folder)
+    k, threads = k or settings().serving.max_k, threads or settings().serving.threads
+    folder = Path(folder or tempfile.mkdtemp())
     candidates, begun = [Candidate(*pair) for pair in plan(backends, compressions)], time.monotonic()
     cases = draw_cases(getattr(histories, split), model.length)
     sweep(folder/"variants")

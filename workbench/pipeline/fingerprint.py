@@ -49,7 +49,7 @@ def module_file(name: str, root: Path = ROOT) -> Path | None:  # None when it is
     return next((each for each in (path.with_suffix(".py"), path/"__init__.py") if each.is_file()), None)
 
 @cache
-def read_imports(path: Path, root: Path, stamp: int) -> frozenset[str]:  # stamp: the file's time, so that edits are seen
+def read_imports(path: Path, root: Path, stamp: int) -> frozenset[str]:  # stamp: the file's time, so edits are seen
     "Return what one of our own modules imports."
     package = ".".join([root.name, *path.parent.relative_to(root).parts])
     return frozenset(imported(path.read_text(encoding="utf8"), package))
@@ -93,7 +93,7 @@ def code_digest(source: str) -> str:  # 64 hexadecimal digits
     return hashlib.sha256(text.encode()).hexdigest()
 
 @cache
-def module_digest(path: Path, stamp: int) -> str:  # stamp: the file's time, so that edits are seen
+def module_digest(path: Path, stamp: int) -> str:  # stamp: the file's time, so edits are seen
     "Return `code_digest` of a file, computed once."
     return code_digest(path.read_text(encoding="utf8"))
 
@@ -123,10 +123,11 @@ def library_versions(names: Iterable[str]) -> dict[str, str]:  # those whose pac
     return found
 
 # %% ../../nbs/pipeline/02_fingerprint.ipynb #b7265183
-NEUTRAL = {("data", "mirror"), ("serving", "host"), ("serving", "port"), ("serving", "max_body"), ("training", "threads")}
+NEUTRAL = {("data", "mirror"), ("serving", "host"), ("serving", "port"), ("serving", "max_body"),
+           ("training", "threads")}
 
 @cache
-def attributes(path: Path, stamp: int) -> frozenset[str]:  # stamp: the file's time, so that edits are seen
+def attributes(path: Path, stamp: int) -> frozenset[str]:  # stamp: the file's time, so edits are seen
     "Return every attribute name that a module mentions, if it reads the settings at all."
     text = path.read_text(encoding="utf8")
     if "settings" not in text: return frozenset()
@@ -152,11 +153,12 @@ def ingredients(
     "Collect everything that decides what a step leaves."
     cells = [cell for cell in cells if cell.strip()]
     reached = reach(filter(is_python, cells), root)
+    modules = {name: module_digest(path, path.stat().st_mtime_ns) for name, path in sorted(reached.modules.items())}
     return {"package": workbench.__version__, "cells": [code_digest(cell) for cell in cells],
             "parameters": {name: parameter_digest(value) for name, value in sorted(parameters.items())},
-            "upstream": dict(sorted(upstream.items())),
-            "modules": {name: module_digest(path, path.stat().st_mtime_ns) for name, path in sorted(reached.modules.items())},
-            "libraries": library_versions(reached.libraries), "settings": settings_read(reached.modules.values(), settings)}
+            "upstream": dict(sorted(upstream.items())), "modules": modules,
+            "libraries": library_versions(reached.libraries),
+            "settings": settings_read(reached.modules.values(), settings)}
 
 def fingerprint(parts: Mapping[str, Any]) -> str:  # 20 hexadecimal digits
     "Return the name that a step's output goes by."

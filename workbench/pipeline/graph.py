@@ -54,13 +54,13 @@ def materialise(session: Session) -> bool:  # whether every step succeeded
 @dagster.resource(config_schema={"pipeline": str, "parameters": dagster.Field(dagster.Permissive(), default_value={})})
 def session_resource(context: dagster.InitResourceContext) -> Iterator[Session]:
     "Open a session for a Dagster run."
-    with open_session(load_pipeline(context.resource_config["pipeline"]), context.resource_config["parameters"]) as session:
-        yield session
+    config = context.resource_config
+    with open_session(load_pipeline(config["pipeline"]), config["parameters"]) as session: yield session
 
 def pipeline_job(pipeline: Pipeline) -> Any:  # what Dagster calls an unresolved asset job
     "Return a pipeline as a job."
-    config = {"resources": {"session": {"config": {"pipeline": str(pipeline.path)}}}}
-    return dagster.define_asset_job(graph_name(pipeline), dagster.AssetSelection.groups(graph_name(pipeline)), config=config)
+    name, config = graph_name(pipeline), {"resources": {"session": {"config": {"pipeline": str(pipeline.path)}}}}
+    return dagster.define_asset_job(name, dagster.AssetSelection.groups(name), config=config)
 
 def pipeline_schedule(pipeline: Pipeline) -> dagster.ScheduleDefinition:
     "Return a pipeline's schedule, running unless someone switches it off in the UI."
@@ -69,8 +69,8 @@ def pipeline_schedule(pipeline: Pipeline) -> dagster.ScheduleDefinition:
                                            execution_timezone=schedule.timezone,
                                            default_status=dagster.DefaultScheduleStatus.RUNNING)
     except dagster.DagsterInvalidDefinitionError:
-        raise PipelineError(f"{pipeline.path.name}: schedule.cron is {schedule.cron!r}, which is never: write five fields, "
-                            "e.g. 0 2 * * *") from None
+        raise PipelineError(f"{pipeline.path.name}: schedule.cron is {schedule.cron!r}, which is never: write five "
+                            "fields, e.g. 0 2 * * *") from None
 
 # %% ../../nbs/pipeline/08_graph.ipynb #12f4dd0a
 def build_definitions(

@@ -71,8 +71,8 @@ def declare(
         return Parameter(name, kind, convert_value(default.default, default, where), about)
     except (AttributeError, KeyError, ValueError, ParameterError):
         line = ast.unparse(statement).splitlines()[0]
-        raise PipelineError(f"{where}: the parameters cell has the line {line!r}: write name: type = value, where type is "
-                            f"one of {', '.join(KINDS)}") from None
+        raise PipelineError(f"{where}: the parameters cell has the line {line!r}: write name: type = value, where "
+                            f"type is one of {', '.join(KINDS)}") from None
 
 # %% ../../nbs/pipeline/00_parameters.ipynb #65351b4b
 def read_notebook(path: str | Path) -> dict[str, Any]:

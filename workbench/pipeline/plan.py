@@ -64,7 +64,8 @@ def read_schedule(value: Any, where: str) -> Schedule:
         schedule = Schedule(**value)
         ZoneInfo(schedule.timezone)
     except (TypeError, KeyError, ValueError, OSError) as error:
-        raise PipelineError(f"{where}: schedule is {value!r} ({error}): write cron, and if need be timezone and due") from None
+        raise PipelineError(f"{where}: schedule is {value!r} ({error}): write cron, and if need be timezone and "
+                            "due") from None
     if len(str(schedule.cron).split()) != 5:
         raise PipelineError(f"{where}: schedule.cron is {schedule.cron!r}: write five fields, e.g. 0 2 * * *")
     if schedule.due and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", schedule.due):
@@ -83,14 +84,16 @@ def read_step(
     where = f"{path.name} [steps.{name}]"
     if not isinstance(value, Mapping): raise PipelineError(f"{where} is {value!r}: write a table")
     for key in value:
-        if key not in KEYS: raise PipelineError(f"{where} has a key {key!r} that is not known: there are {', '.join(KEYS)}")
+        if key not in KEYS:
+            raise PipelineError(f"{where} has a key {key!r} that is not known: there are {', '.join(KEYS)}")
     if not re.fullmatch(r"[a-z][a-z0-9_-]*", name): raise PipelineError(f"{where}: write the name in small letters")
     needs, retries = value.get("needs", []), value.get("retries", 0)
     if not isinstance(needs, list): raise PipelineError(f"{where}: needs is {needs!r}: write a list of steps")
     if type(retries) is not int or not 0 <= retries <= 10:
         raise PipelineError(f"{where}: retries is {retries!r}: write a whole number from 0 to 10")
     notebook = (path.parent/value.get("notebook", f"{name}.ipynb")).resolve()
-    if not notebook.is_file(): raise PipelineError(f"{where}: {notebook} does not exist: add the notebook, or remove the step")
+    if not notebook.is_file():
+        raise PipelineError(f"{where}: {notebook} does not exist: add the notebook, or remove the step")
     return PlannedStep(name=name, notebook=notebook, needs=tuple(needs), retries=retries,
                        timeout=read_duration(value.get("timeout", "1h"), f"{where}: timeout"),
                        parameters=value.get("parameters", {}))
@@ -130,8 +133,8 @@ def load_pipeline(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path} is not valid TOML ({error}): correct it") from None
     for key in content:
-        if key not in ("schedule", "steps"): raise PipelineError(f"{path.name} has a key {key!r} that is not known: there "
-                                                                 "are schedule, steps")
+        if key not in ("schedule", "steps"):
+            raise PipelineError(f"{path.name} has a key {key!r} that is not known: there are schedule, steps")
     if not content.get("steps"): raise PipelineError(f"{path.name} has no steps: write a table [steps.NAME] for each")
     steps = in_order([read_step(name, value, path) for name, value in content["steps"].items()], path.name)
     schedule = read_schedule(content["schedule"], path.name) if "schedule" in content else None
@@ -145,7 +148,8 @@ def parameters_of(
     chosen: Settings,                   # of the bench
 ) -> dict[str, Any]:                    # name → value, not yet checked
     "Collect what one step is told, nearest word last."
-    set_here = {name: value for name, value in {**vars(chosen.data), **vars(chosen.training)}.items() if name in declared}
+    bench = {**vars(chosen.data), **vars(chosen.training)}
+    set_here = {name: value for name, value in bench.items() if name in declared}
     everywhere = {name: value for name, value in given.items() if name in declared}
     here = {name.partition(".")[2]: value for name, value in given.items() if name.startswith(f"{step.name}.")}
     return {**set_here, **step.parameters, **everywhere, **here}

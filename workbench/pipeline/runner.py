@@ -68,12 +68,13 @@ def worker(
     "Run the worker of a context; when the block ends, no process and no temporary file of it is left."
     log = run/"logs"/f"{context.stem}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=scratch_prefix(run), ignore_cleanup_errors=True) as aside, open(log, "ab") as errors:
+    with (tempfile.TemporaryDirectory(prefix=scratch_prefix(run), ignore_cleanup_errors=True) as aside,
+          open(log, "ab") as errors):
         environment = quiet_environment() | {CONTEXT: str(context), "WORKBENCH_PATHS_HOME": str(home), "TMPDIR": aside,
                                              "JUPYTER_RUNTIME_DIR": aside}
         line = [sys.executable, "-m", "workbench.pipeline.worker", str(context), str(os.getpid())]
-        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=environment,
-                                   start_new_session=True)
+        process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+                                   env=environment, start_new_session=True)
         try: yield process
         finally:
             end_below(process.pid)
@@ -141,7 +142,8 @@ def objection(
     limit: float,       # seconds it was allowed
 ) -> tuple[str, int | None, str] | None:  # why, in which cell, its first line
     "Return why an attempt did not succeed; None when it did."
-    if attempt.code is None: return f"it took longer than its {duration(limit)} and was ended", attempt.cell, attempt.source
+    if attempt.code is None:
+        return f"it took longer than its {duration(limit)} and was ended", attempt.cell, attempt.source
     if attempt.end.get("event") == "failed":
         return (attempt.end["error"], attempt.end["cell"] or attempt.cell, attempt.end["source"] or attempt.source)
     if attempt.code or attempt.end.get("event") != "ran":
@@ -166,8 +168,9 @@ def attempt_step(
     context, output = run/"contexts"/f"{job.name}.json", run/"notebooks"/f"{job.name}.ipynb"
     source = write_json(run/"contexts"/f"{job.name}.ipynb", job.notebook)
     output.unlink(missing_ok=True)
-    write_json(context, {"step": job.name, "run_id": run.name, "home": str(home), "root": str(root), "folder": str(aside),
-                         "source": str(source), "notebook": str(output), "parameters": dict(job.parameters),
+    write_json(context, {"step": job.name, "run_id": run.name, "home": str(home), "root": str(root),
+                         "folder": str(aside), "source": str(source), "notebook": str(output),
+                         "parameters": dict(job.parameters),
                          "inputs": {name: str(folder) for name, folder in inputs.items()}})
     attempt, begun = Attempt(), time.monotonic()
     with worker(context, run, home) as process:
@@ -179,7 +182,8 @@ def attempt_step(
 
 def last_words(log: Path) -> str:
     "Return the last line of a log, to stand after a verdict."
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f": {lines[-1][:300]}" if lines else ""
 
 def write_record(job: Job, aside: Path, attempt: Attempt, started: str) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def leave_report(run: PipelineRun) -> Path:
 # %% ../../nbs/pipeline/09_runs.ipynb #3837bd5d
 def carry_out(session: Session) -> None:
     "Run the steps of a session; raises the failure of the one that stopped it."
-    if all([session.reuse(name) for name in session.jobs]): return
+    reused = [session.reuse(name) for name in session.jobs]    # each is asked, also after one that must run
+    if all(reused): return
     from workbench.pipeline.graph import materialise
     whole = materialise(session)
     if failed := session.run.failed:
@@ -65,7 +66,7 @@ def resume(
     chosen = chosen or settings()
     before = read_run(run_id, chosen.home)
     if before.status == "running":
-        raise PipelineError(f"run {before.run_id} is still running in process {before.owner['pid']}: wait for it to end, or "
-                            "stop it")
+        raise PipelineError(f"run {before.run_id} is still running in process {before.owner['pid']}: wait for it to "
+                            "end, or stop it")
     pipeline = load_pipeline(before.path, chosen)
     return to_the_end(open_session(pipeline, before.parameters, on_event, chosen, before))

@@ -55,7 +55,8 @@ def plain_fact(value: Any, folder: Path, name: str) -> Any:
     "Return a fact as JSON can hold it; raises `PipelineError` naming one that it cannot."
     if hasattr(value, "to_dict"): value = value.to_dict()
     if hasattr(value, "item") and not getattr(value, "shape", ()): value = value.item()
-    if isinstance(value, Mapping): return {str(key): plain_fact(each, folder, f"{name}.{key}") for key, each in value.items()}
+    if isinstance(value, Mapping):
+        return {str(key): plain_fact(each, folder, f"{name}.{key}") for key, each in value.items()}
     if isinstance(value, list | tuple): return [plain_fact(each, folder, name) for each in value]
     if isinstance(value, Path):
         if value.resolve().is_relative_to(folder.resolve()): return str(value.resolve().relative_to(folder.resolve()))
@@ -63,7 +64,8 @@ def plain_fact(value: Any, folder: Path, name: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise PipelineError(f"{name} is {value}, which is not a result: a step cannot be done with it")
     if isinstance(value, str | int | float | bool | None): return value
-    raise PipelineError(f"{name} is of type {type(value).__name__}: give step.done numbers, text, or objects with to_dict()")
+    raise PipelineError(f"{name} is of type {type(value).__name__}: give step.done numbers, text, or objects with "
+                        "to_dict()")
 
 # %% ../../nbs/pipeline/01_steps.ipynb #49b4fe99
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Step:
 
     def done(self, **facts: Any) -> Table:  # what was left, for the reader
         "Leave the end marker, with these facts and the sha256 of every file; must be the notebook's last call."
-        if (self.folder/END).exists(): raise PipelineError(f"step {self.name} has said that it is done: say it once, last")
+        if (self.folder/END).exists():
+            raise PipelineError(f"step {self.name} has said that it is done: say it once, last")
         facts = {name: plain_fact(value, self.folder, name) for name, value in facts.items()}
         outputs = checksums(self.folder)
         write_json(self.folder/END, {"step": self.name, "facts": facts, "outputs": outputs})

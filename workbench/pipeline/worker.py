@@ -70,8 +70,8 @@ def cell_number(
     index: int,                    # of a cell in it
 ) -> int:                          # from 1, in the notebook as it was written
     "Return how people would count a cell."
-    cells = notebook["cells"][:index + 1]
-    return sum(not {"injected-parameters", "papermill-error-cell-tag"} & set(cell["metadata"].get("tags", [])) for cell in cells)
+    added = {"injected-parameters", "papermill-error-cell-tag"}
+    return sum(not added & set(cell["metadata"].get("tags", [])) for cell in notebook["cells"][:index + 1])
 
 def first_line(source: str) -> str:
     "Return the first line of a cell that says something."
@@ -137,10 +137,11 @@ def execute(context: Mapping[str, Any], report: Report) -> None:
                           progress_bar=False, cwd=context["root"])
     except PapermillExecutionError: pass                                   # the notebook says more, see below
     except Exception as error: problem = describe(type(error).__name__, str(error))
-    found = unfinished(read_notebook(output)) if output.exists() else (None, "", problem or "the notebook did not start")
+    never = (None, "", problem or "the notebook did not start")
+    found = unfinished(read_notebook(output)) if output.exists() else never
     if not (problem or found): return report(event="ran")
-    cell, source, error = found or (None, "", "")
-    report(event="failed", cell=cell, source=source, error=problem or error)
+    cell, source, error = (None, "", problem) if problem else found         # of a dead kernel the runner knows the cell
+    report(event="failed", cell=cell, source=source, error=error)
 
 # %% ../../nbs/pipeline/05_worker.ipynb #400d53a4
 def main(arguments: list[str] | None = None) -> None:  # None for those of the process

@@ -152,9 +152,12 @@ def parse(
     except ValidationError as error: raise describe(error) from None
 
 # %% ../../nbs/serving/00_contracts.ipynb #73838662
-RESPONSES = {"400": "Not JSON, or cut off", "408": "The body did not arrive in time", "413": "The body is too large",
+RESPONSES = {"400": "Not JSON, or cut off", "404": "Such an item, user or path is not known",
+             "405": "This path takes another method", "408": "The body did not arrive in time",
+             "413": "The body is too large",
              "422": "A field is wrong; it is named",
-             "429": "Too many requests at once; Retry-After says when to come back", "503": "Not ready yet"}
+             "429": "Too many requests at once; Retry-After says when to come back",
+             "500": "Something went wrong here; the request id helps to find it in the log", "503": "Not ready yet"}
 
 def reference(kind: type[Contract]) -> dict[str, Any]:
     "Return a JSON body that refers to a schema."
@@ -174,7 +177,7 @@ def parameter(name: str, required: bool, description: str) -> dict[str, Any]:
             "schema": {"type": "string", "maxLength": 64}}
 
 @cache
-def openapi(chosen: Serving = Serving()) -> dict[str, Any]:  # chosen: the limits to write in
+def openapi(chosen: Serving) -> dict[str, Any]:  # chosen: the limits to write in
     "Return the OpenAPI document of the ranking service."
     sent = [(kind, "validation") for kind in (RecommendRequest, SimilarRequest)]
     returned = [(kind, "serialization") for kind in (RankResponse, HistoryResponse, ListenersResponse, ErrorResponse)]

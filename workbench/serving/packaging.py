@@ -162,7 +162,9 @@ def wait_until_ready(process: subprocess.Popen, port: int, log: Path, patience: 
     "Wait for `/readyz`; raises ServiceError with the log's last line when the process ends or time runs out."
     ends = time.monotonic() + patience
     while not is_ready(port):
-        if process.poll() is None and time.monotonic() < ends: time.sleep(0.1); continue
+        if process.poll() is None and time.monotonic() < ends:
+            time.sleep(0.1)
+            continue
         lines = log.read_text(errors="replace").strip().splitlines() or ["it wrote nothing"]
         ended = process.poll() is not None
         how = f"ended with {process.returncode}" if ended else f"was not ready after {patience:g} seconds"

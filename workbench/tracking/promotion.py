@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PromotionError
 from ..files import hold_lock
+from ..settings import settings
 from .registry import Version, champion_number, champion, version, versions
 from .runs import Store, explained
 
@@ -36,7 +37,8 @@ class Decision:
         return {"promoted": self.promoted, "reason": self.reason, "name": self.name, "version": self.version,
                 "previous": self.previous, "comparison": dict(self.comparison)}
 
-    def __str__(self) -> str: return f"{self.name} {self.version} {'is champion' if self.promoted else 'refused'}: {self.reason}"
+    def __str__(self) -> str:
+        return f"{self.name} {self.version} {'is champion' if self.promoted else 'refused'}: {self.reason}"
 
     def _repr_html_(self) -> str: return f"<p>{escape(str(self))}</p>"
 
@@ -46,7 +48,8 @@ def paired(challenger: Version, holder: Version, metric: str) -> "Comparison | N
     if not (challenger.report and holder.report): return None
     from workbench.evaluation.compare import compare
     from workbench.evaluation.protocol import Report
-    return compare(Report.load(challenger.report), Report.load(holder.report), metric=metric)
+    reports = Report.load(challenger.report), Report.load(holder.report)
+    return compare(*reports, metric=metric, confidence=settings().gates.confidence)
 
 # %% ../../nbs/tracking/02_promotion.ipynb #4cabf011
 def objection(version: Version, metric: str) -> str | None:
@@ -95,7 +98,8 @@ def decide(store: Store, challenger: Version, holder: Version | None, metric: st
     "Judge a challenger without moving anything."
     about = (challenger.name, challenger.number, holder.number if holder else None)
     if reason := objection(challenger, metric): return Decision(False, reason, *about)
-    if holder is None: return Decision(True, f"the first champion, with {metric} {challenger.metrics[metric]:.4f}", *about)
+    if holder is None:
+        return Decision(True, f"the first champion, with {metric} {challenger.metrics[metric]:.4f}", *about)
     if holder.number == challenger.number: return Decision(True, "it was champion already", *about)
     won, reason, test = judge(challenger, holder, metric)
     return Decision(won or force, reason if won or not force else f"forced, although {reason}", *about, test)

@@ -43,7 +43,8 @@ class Version:
 
     def changes(self) -> list[str]:
         "Compare the bundle with the checksums of its registration: one clause a difference, empty when all is well."
-        return verify(self.folder, json.loads(self.tags["sha256"])) if self.folder.is_dir() else ["the folder is missing"]
+        if not self.folder.is_dir(): return ["the folder is missing"]
+        return verify(self.folder, json.loads(self.tags["sha256"]))
 
     def to_dict(self) -> dict[str, Any]:
         "Return the version as plain data."
@@ -140,7 +141,7 @@ def numbering(store: Store, name: str) -> Iterator[int]:
 
 def find_version(store: Store, name: str, **tags: str) -> Version | None:
     "Return the newest version that carries all of these tags and whose bundle is whole."
-    carries = lambda each: all(text and each.tags.get(key) == text for key, text in tags.items())
+    def carries(each): return all(text and each.tags.get(key) == text for key, text in tags.items())
     return next((each for each in versions(store, name) if carries(each) and not each.changes()), None)
 
 # %% ../../nbs/tracking/01_registry.ipynb #8d88d457

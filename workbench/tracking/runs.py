@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['quiet_mlflow', 'hushed', 'explained', 'Store', 'connect', 'open_store', 'process_tags', 'owner_is_gone', 'running',
-           'reconcile', 'metric_key', 'metric_name', 'split_finite', 'flat', 'TrackedRun', 'verdict', 'start_run',
-           'lightning_logger', 'run_table']
+           'reconcile', 'metric_key', 'metric_name', 'split_finite', 'flat', 'RunHandle', 'TrackedRun', 'verdict',
+           'start_run', 'lightning_logger', 'run_table']
 
 # %% ../../nbs/tracking/00_runs.ipynb #694241ce
 import json, logging, math, os, platform, re, sqlite3, time
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TrackingError
-from ..files import hold_lock
+from ..files import hold_lock, private_folder
 from ..settings import QUIET, settings
 from ..tables import Table
 
@@ -94,12 +94,11 @@ def connect(home: Path) -> Store:
 
 def open_store(home: str | Path | None = None) -> Store:  # the folder to keep it in; None for the bench's home
     "Open the tracking store, making it on first use, and mark runs whose process is gone as killed."
-    home = Path(home or settings().home).resolve()
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with hold_lock(home/"mlflow.lock", f"the tracking store in {home}", timeout=120), hushed():
-        with explained(f"the tracking store {home/'mlflow.db'} cannot be opened, move it aside or restore it"):
-            store = connect(home)
-            return Store(home, store.client, tuple(reconcile(store)))
+    home = private_folder(Path(home or settings().home).resolve())
+    with (hold_lock(home/"mlflow.lock", f"the tracking store in {home}", timeout=120), hushed(),
+          explained(f"the tracking store {home/'mlflow.db'} cannot be opened, move it aside or restore it")):
+        store = connect(home)
+        return Store(home, store.client, tuple(reconcile(store)))
 
 # %% ../../nbs/tracking/00_runs.ipynb #91b5503a
 def process_tags(pid: int | None = None) -> dict[str, str]:
@@ -161,8 +160,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # %% ../../nbs/tracking/00_runs.ipynb #1a1c45f3
 @dataclass(frozen=True)
-class TrackedRun:
-    "One run of the tracking store, to be written to while it is open."
+class RunHandle:
+    "One run of the tracking store by its id, and what goes into its records."
     store: Store    # where it is kept
     run_id: str     # MLflow's id
     name: str       # what people call it
@@ -177,7 +176,8 @@ class TrackedRun:
         from mlflow.entities import Param
         items = [Param(metric_key(name), str(value)[:6000]) for name, value in flat(parameters).items()]
         with explained(f"the parameters of run {self.name} cannot be recorded"):
-            for start in range(0, len(items), 100): self.store.client.log_batch(self.run_id, params=items[start:start+100])
+            for start in range(0, len(items), 100):
+                self.store.client.log_batch(self.run_id, params=items[start:start + 100])
 
     def log_metrics(
         self,
@@ -197,6 +197,9 @@ class TrackedRun:
         "Attach a word to the run."
         self.store.client.set_tag(self.run_id, name, str(value)[:5000])
 
+# %% ../../nbs/tracking/00_runs.ipynb #742b971e
+class TrackedRun(RunHandle):
+    "One run of the tracking store, to be written to while it is open."
     def log_figure(self, name: str, figure: "Figure") -> None:
         "Keep a plot as `figures/<name>.png`."
         self.store.client.log_figure(self.run_id, figure, f"figures/{name}.png")

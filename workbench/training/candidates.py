@@ -23,7 +23,8 @@ from ..data.histories import Histories, Split
 from ..evaluation.metrics import ndcg
 from ..evaluation.protocol import automatic_batch, evaluating, place
 from ..files import read_json, write_json
-from ..models.baselines import Blend, Neighbours, fit_popularity, item_counts, neighbours_from_counts, pair_counts
+from ..models.baselines import (
+    Blend, Neighbours, fit_popularity, item_counts, neighbours_from_counts, pair_counts)
 from ..models.ranker import Ranker, load_model, save_model
 from ..tables import Table
 from .fit import Run, sample_cases, validate
@@ -103,7 +104,8 @@ def tune_neighbours(
     seed: int = 0,                         # of the sample of cases
 ) -> Candidate:
     "Tune a neighbour model on validation."
-    began, fit, cases = time.perf_counter(), NeighbourFitter(histories.train), sample_cases(histories.validation, seed, TUNED_ON)
+    began, fit = time.perf_counter(), NeighbourFitter(histories.train)
+    cases = sample_cases(histories.validation, seed, TUNED_ON)
     grid = within_reach(grid, histories.n_interactions)
     settings, _, tried = coordinate_search(grid, lambda settings: validate(fit(**settings), cases))
     model = fit(**settings)
@@ -114,7 +116,7 @@ def tune_baselines(
     histories: Histories,                                          # fitted on training, tuned on validation
     seed: int = 0,                                                 # of the sample of cases
     grids: Mapping[str, Mapping[str, Sequence[Any]]] = GRIDS,      # name → what its settings may be
-) -> dict[str, Candidate]:                                         # by name: popularity, and a neighbour model for each grid
+) -> dict[str, Candidate]:                                         # by name: popularity, and one for each grid
     "Fit and tune the baselines; raises `EvaluationError` when there is no validation case."
     began, popular = time.perf_counter(), fit_popularity(histories.train)
     first = Candidate("popularity", popular, judged(popular, histories), seconds=time.perf_counter() - began)
@@ -138,7 +140,8 @@ def blend_scores(
             items, lengths = (torch.from_numpy(part).to(device) for part in cases.inputs(rows, blends[0].length))
             parts = [blends[0].scaled(member, items, lengths) for member in members]
             targets = torch.from_numpy(cases.targets[rows].astype(np.int64)).to(device)
-            hidden = torch.from_numpy(cases.seen(rows) if cases.exclude_seen else np.zeros((len(rows), 1), np.int64)).to(device)
+            seen = cases.seen(rows) if cases.exclude_seen else np.zeros((len(rows), 1), np.int64)
+            hidden = torch.from_numpy(seen).to(device)
             for i, weight in enumerate(weights):
                 scores = torch.nn.functional.pad(weight*parts[0] + (1 - weight)*parts[1], (1, 0), value=-torch.inf)
                 total[i] += ndcg(place(scores, targets, hidden).cpu().numpy(), 10).sum()
@@ -152,7 +155,8 @@ def tune_blend(
     seed: int = 0,             # of the sample of cases
 ) -> Candidate:                # named "first+second"
     "Blend two candidates with the weights that do best on validation."
-    began, members, cases = time.perf_counter(), [first.model, second.model], sample_cases(histories.validation, seed, TUNED_ON)
+    began, members = time.perf_counter(), [first.model, second.model]
+    cases = sample_cases(histories.validation, seed, TUNED_ON)
     found = {scale: blend_scores(members, cases, WEIGHTS, scale) for scale in ("zscore", "softmax")}
     scale = max(found, key=lambda each: found[each].max())
     weight = WEIGHTS[int(found[scale].argmax())]

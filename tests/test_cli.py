@@ -1,0 +1,65 @@
+"""The command line: exit codes, one sentence for each mistake, and a reference page that is the program itself."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKBENCH = Path(sys.executable).parent / "workbench"
+
+
+def workbench(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([WORKBENCH, *words], env=os.environ | environment, cwd=ROOT, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL, timeout=120)
+
+
+def test_every_option_has_its_line_in_the_reference():
+    "docs/cli.md is made of the program: python -m workbench.cli.commands > docs/cli.md"
+    from workbench.cli.commands import reference
+
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf8") == reference()
+
+
+MISTAKES = [
+    (["rnu"], {}, 2, "No such command 'rnu'"),
+    (["run", "nightly", "-p", "datset=x"], {}, 2, "did you mean 'dataset'?"),
+    (["run", "nightly", "-p", "train.seed=many"], {}, 2, "seed is 'many', which is not a valid int"),
+    (["run", "nightly", "-p", "seed"], {}, 2, "write -p name=value"),
+    (["run", "weekly"], {}, 2, "there is no pipeline named 'weekly'"),
+    (["show", "20200101-000000-0000"], {}, 1, "there is no run '20200101-000000-0000'"),
+    (["data", "fetch", "movielens-100"], {}, 2, "did you mean 'movielens-100k'?"),
+    (["data", "check", "nowhere.csv"], {}, 1, "nowhere.csv does not exist"),
+    (["recommend"], {}, 2, "give either --user ID or --history"),
+    (["recommend", "--user", "1"], {}, 1, "nothing has been packaged"),
+    (["recommend", "--user", "1", "--bundle", "nowhere"], {}, 1, "is not a bundle"),
+    (["serve", "--port", "70000"], {}, 2, "70000"),
+    (["serve", "--host", "0.0.0.0"], {}, 2, "is not a loopback address"),
+    (["doctor"], {"WORKBENCH_SERVING_PORT": "many"}, 2, "WORKBENCH_SERVING_PORT is 'many', which is not a valid int"),
+    (["doctor"], {"WORKBENCH_SERVING_PROT": "3000"}, 2, "WORKBENCH_SERVING_PROT is not a known setting"),
+]
+
+
+@pytest.mark.parametrize(("words", "environment", "code", "message"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_a_mistake_is_one_sentence_and_an_exit_code(tmp_path, words, environment, code, message):
+    done = workbench(*words, **{"WORKBENCH_PATHS_HOME": str(tmp_path / "home"), **environment})
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert message in done.stderr and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+    assert not list((tmp_path / "home").glob("runs/*")), "something was started"
+
+
+def test_with_json_an_error_is_an_object_and_with_debug_it_has_its_traceback(tmp_path):
+    home = {"WORKBENCH_PATHS_HOME": str(tmp_path)}
+    told = json.loads(workbench("data", "check", "nowhere.csv", "--json", **home).stderr)
+    assert told["code"] == "data" and "nowhere.csv" in told["message"]
+    assert "Traceback" in workbench("data", "check", "nowhere.csv", "--debug", **home).stderr
+
+
+@pytest.mark.parametrize("words", [["status"], ["data", "list"], ["doctor"]], ids=lambda words: words[-1])
+def test_reading_commands_speak_to_people_and_to_programs(tmp_path, words):
+    home = {"WORKBENCH_PATHS_HOME": str(tmp_path)}
+    for_people, for_programs = workbench(*words, **home), workbench(*words, "--json", **home)
+    assert for_people.returncode == for_programs.returncode == 0 and for_people.stdout.strip()
+    assert isinstance(json.loads(for_programs.stdout), dict)

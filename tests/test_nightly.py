@@ -1,0 +1,164 @@
+"""The whole night, small: six real steps from the command line, killed on the way, resumed, served, asked."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ranking import post
+from workbench.serving.packaging import free_port, is_ready
+
+pytestmark = pytest.mark.slow
+WORKBENCH = Path(sys.executable).parent / "workbench"
+SMALL = ["-p", "min_history=60", "-p", "train.epochs=2", "-p", "optimize.minutes=1.5", "-p", "optimize.rounds=2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("night") / "home"
+
+
+def start(home: Path, *words: str, **streams) -> subprocess.Popen:
+    environment = os.environ | {"WORKBENCH_PATHS_HOME": str(home)}
+    return subprocess.Popen([WORKBENCH, *words], env=environment, stdin=subprocess.DEVNULL, text=True, **streams)
+
+
+def workbench(home: Path, *words: str) -> tuple[int, str, str]:
+    "Run a command to its end; return exit code, output and error output."
+    process = start(home, *words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, error = process.communicate(timeout=900)
+    return process.returncode, out, error
+
+
+def asked(home: Path, *words: str) -> dict:
+    "Run a reading command and return its JSON."
+    code, out, error = workbench(home, *words, "--json")
+    assert code == 0, error
+    return json.loads(out)
+
+
+def record(home: Path) -> dict:
+    "Read the record of the newest run."
+    found = sorted((home / "runs").glob("*/run.json"))
+    return json.loads(found[-1].read_text()) if found else {"steps": []}
+
+
+def wait_for(home: Path, step: str, process: subprocess.Popen) -> None:
+    "Wait until a step is running, for ten minutes at most."
+    ends = time.monotonic() + 600
+    while not any(each["name"] == step and each["status"] == "running" for each in record(home)["steps"]):
+        assert process.poll() is None and time.monotonic() < ends, "the run ended before its step began"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def night(home) -> dict:
+    "The record of a night whose runner was killed while it was packaging, and that was then resumed."
+    process = start(home, "run", "nightly", *SMALL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(home, "package", process)
+    time.sleep(4)                                   # into the middle of it
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert asked(home, "status")["runs"][0]["status"] == "killed"
+    code, out, error = workbench(home, "resume")
+    assert code == 0, error
+    return record(home) | {"output": out}
+
+
+def test_a_killed_night_is_finished_and_nothing_is_done_twice(night):
+    assert night["status"] == "succeeded"
+    assert {step["name"]: step["attempts"] for step in night["steps"]} == {
+        "prepare": 1, "train": 1, "evaluate": 1, "optimize": 1, "package": 2, "report": 1}
+
+
+def test_a_killed_package_step_leaves_one_version(home, night):
+    from workbench.tracking.registry import model_names, versions
+    from workbench.tracking.runs import open_store
+
+    store = open_store(home)
+    assert model_names(store) == ["ranking-movielens-100k"]
+    assert [(version.number, version.champion) for version in versions(store, "ranking-movielens-100k")] == [(1, True)]
+
+
+def test_the_summary_says_what_came_of_it_and_what_to_type_next(night):
+    for word in ("item_knn", "sasrec", "onnxruntime", "champion", "bundle", "Next:", "serve"):
+        assert word in night["output"], word
+
+
+def test_the_same_night_again_skips_every_step(home, night):
+    code, _, error = workbench(home, "run", "nightly", *SMALL)
+    assert code == 0
+    assert [line.split()[:3] for line in error.splitlines()] == [
+        ["=", step["name"], "unchanged"] for step in night["steps"]]
+
+
+def test_show_has_every_part(home, night):
+    shown = asked(home, "show", night["run_id"])
+    assert shown["run"]["status"] == "succeeded"
+    assert {"data", "models", "comparisons", "variants", "paths"} <= set(shown)
+
+
+def test_the_report_is_one_page_without_outside_links(night):
+    folder = next(step["folder"] for step in night["steps"] if step["name"] == "report")
+    page = (Path(folder) / "report.html").read_text()
+    assert "movielens-100k" in page and "src=\"http" not in page and "@import" not in page
+
+
+def test_the_champion_answers_from_the_shell(home, night):
+    by_user = asked(home, "recommend", "--user", "1", "-k", "5")
+    assert len(by_user["items"]) == 5 and not by_user["degraded"]
+    by_history = asked(home, "recommend", "--history", "50,181")
+    assert len(by_history["items"]) == 10 and not {"50", "181"} & {item["item_id"] for item in by_history["items"]}
+    assert asked(home, "recommend", "--user", "nobody")["degraded"]
+
+
+def test_promoting_the_champion_again_changes_nothing(home, night):
+    assert asked(home, "promote")["reason"] == "it was champion already"
+
+
+def test_evaluate_finds_what_the_run_found(home, night):
+    winner = asked(home, "show")["facts"]["evaluate"]
+    again = asked(home, "evaluate")
+    assert again["metrics"]["ndcg@10"] == winner["reports"][winner["winner"]]["metrics"]["ndcg@10"]
+
+
+def test_the_champion_is_served(home, night):
+    port = free_port()
+    process = start(home, "serve", "--port", str(port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        ends = time.monotonic() + 90
+        while not is_ready(port):
+            assert process.poll() is None and time.monotonic() < ends
+            time.sleep(0.2)
+        status, _, answer = post(port, "/recommend", {"user_id": "1", "k": 5})
+        assert status == 200 and answer["items"] == asked(home, "recommend", "--user", "1", "-k", "5")["items"]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_night_that_fails_leaves_the_champion_and_a_report(home, night, tmp_path):
+    log = tmp_path / "plays.csv"
+    log.write_text("who,what\n1,2\n")
+    code, out, error = workbench(home, "run", "nightly", "-p", f"dataset={log}")
+    assert code == 1 and out == "" and error.splitlines()[-1].startswith("Error: step prepare failed in cell")
+    assert "no column user_id, item_id" in error and "Traceback" not in error
+    newest = asked(home, "status")["runs"][0]
+    assert newest["status"] == "failed" and (Path(newest["folder"]) / "report.html").is_file()
+    assert not asked(home, "recommend", "--user", "1")["degraded"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_night_says_so_and_does_not_try_again(home, night, number):
+    "The train step may be tried twice; an interrupt is not a failure."
+    process = start(home, "run", "nightly", *SMALL, "-p", f"seed={number}", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(home, "train", process)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "workbench resume goes on from here" in error
+    assert [(step["status"], step["attempts"]) for step in record(home)["steps"][:3]] == [
+        ("skipped", 0), ("killed", 1), ("waiting", 0)]
