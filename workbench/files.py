@@ -66,11 +66,13 @@ def publish(
     aside = folder.with_name(f".{folder.name}.{os.getpid()}{PARTIAL}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    try: yield aside
+    try:
+        yield aside
+        for path in aside.rglob("*"):
+            if path.is_file() or path.is_dir(): fsync(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    for path in aside.rglob("*"): fsync(path)
     if folder.exists(): shutil.rmtree(folder)
     os.replace(aside, folder)
     fsync(folder.parent)
@@ -133,7 +135,8 @@ def hold_lock(
     lock = FileLock(path)
     try: lock.acquire(timeout=timeout)
     except Timeout:
-        holder = owner.read_text() if owner.exists() else "another process"
+        try: holder = owner.read_text()
+        except OSError: holder = "another process"
         raise WorkbenchError(f"{what} is in use by {holder}: wait for it to end, or stop it") from None
     try:
         owner.write_text(f"process {os.getpid()}")

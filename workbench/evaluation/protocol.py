@@ -212,8 +212,11 @@ def load_report(folder: str | Path) -> "Report":
         facts["slices"] = tuple(Slice(**part | {key: Estimate(**part[key]) for key in ("ndcg", "hit_rate")})
                                 for part in facts["slices"])
         facts.pop("n_cases")
-        return Report(ranks=np.load(folder/"ranks.npy", allow_pickle=False), **facts)
-    except (OSError, ValueError, KeyError, TypeError, WorkbenchError) as error:
+        ranks = np.load(folder/"ranks.npy", allow_pickle=False)
+        for name, found in facts["metrics"].items():
+            if not np.isclose(found.value, measure(name, ranks).mean()): raise ValueError(f"{name} was changed")
+        return Report(ranks=ranks, **facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, WorkbenchError) as error:
         raise EvaluationError(f"{folder} is not a complete report ({error}): evaluate again") from None
 
 # %% ../../nbs/evaluation/01_protocol.ipynb #2e61d72f

@@ -80,7 +80,8 @@ class Session(OpenRun):
             raise
         except BaseException as error:
             status = "failed" if isinstance(error, Exception) else "killed"
-            self.note(name, status, error=str(error) or type(error).__name__)
+            said = str(error) or type(error).__name__
+            self.note(name, status, error="interrupted" if status == "killed" else said)
             raise
         return self.note(name, "succeeded", folder=str(folder), notebook=str(folder/"notebook.ipynb"),
                          seconds=found["seconds"])
@@ -92,7 +93,8 @@ def clear_up(home: Path) -> None:
         for context in (run.folder/"contexts").glob("*.json"): end_family(context)
         for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix(run.folder)}*"):
             shutil.rmtree(folder, ignore_errors=True)
-    for folder in steps_folder(home).glob("*"): sweep(folder)
+    runs = runs_folder(home)
+    for folder in [*steps_folder(home).glob("*"), *runs.glob("*"), *runs.glob("*/*/")]: sweep(folder)
 
 def begin_record(
     pipeline: Pipeline,                 # what runs

@@ -38,8 +38,9 @@ def end_below(pid: int) -> None:
 
 def end_everything(*_: object) -> None:
     "End what this process started, then itself: its handler for SIGTERM."
-    end_below(os.getpid())
-    os._exit(128 + signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)    # Linux sends one for each thread of a parent that is killed
+    try: end_below(os.getpid())
+    finally: os._exit(128 + signal.SIGTERM)
 
 # %% ../../nbs/pipeline/05_worker.ipynb #92e65b1f
 def run_kernel(arguments: list[str]) -> None:
