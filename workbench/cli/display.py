@@ -57,6 +57,7 @@ class Bar:
         if kind == "cell":
             self.bar.update(self.task, total=event["of"], completed=event["cell"] - 1, note=event["source"])
         if kind == "line": self.bar.update(self.task, note=event["text"])
+        if event.get("kept"): self.bar.console.print(f"    {event['text']}", markup=False, highlight=False)
         if kind in MARKS: self.leave(ended_line(event["record"]))
 
     def leave(self, text: str) -> None:

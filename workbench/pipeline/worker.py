@@ -90,7 +90,7 @@ def make_engine(output: Path, report: Report) -> type:
         "Reports what cells print."
         def log_output_message(self, message):
             lines = message.text.strip().splitlines() if message.output_type == "stream" else []
-            if lines: report(event="line", text=lines[-1].rpartition("\r")[2][:200])
+            for line in lines[-20:]: report(event="line", text=line.rpartition("\r")[2][:400], kept=len(lines) > 1)
 
     class StepEngine(Engine):
         "Executes a notebook with a kernel of this interpreter."
