@@ -250,8 +250,9 @@ def test_a_damaged_report_is_refused(log, tmp_path, name, damage, message):
         Report.load(tmp_path / "report")
 
 
-def test_the_checksum_is_what_refuses_changed_ranks(log, tmp_path):
-    "The negative control: numpy reads the changed file without a word, and a checksum made to fit lets it pass."
+def test_the_checksum_and_the_metrics_are_what_refuse_changed_ranks(log, tmp_path, monkeypatch):
+    "The negative control: numpy reads the changed file without a word; with both guards off it passes."
+    from workbench.evaluation import protocol
     from workbench.files import sha256
 
     report = skilled(log, 1.0, 1)
@@ -260,6 +261,9 @@ def test_the_checksum_is_what_refuses_changed_ranks(log, tmp_path):
     assert (np.load(path) != report.ranks).sum() == 1
     facts = json.loads(path.with_name("report.json").read_text())
     path.with_name("report.json").write_text(json.dumps(facts | {"sha256": sha256(path)}))
+    with pytest.raises(EvaluationError, match="was changed"):
+        Report.load(path.parent)
+    monkeypatch.setattr(protocol.np, "isclose", lambda *values: True)
     assert (Report.load(path.parent).ranks != report.ranks).sum() == 1
 
 
