@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+BENCH ?= prepare quality inference
 
 # Copies of data sets that are looked into before any download (optional).
 ifneq ($(wildcard ../shared/data),)
@@ -36,9 +37,13 @@ test: $(READY) ## run every notebook and every test
 	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing
 	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
 
-bench: $(READY) ## run the benchmark notebooks and write their dated pages (long)
-	for notebook in pipelines/benchmarks/*.ipynb; do \
-	  $(BIN)/papermill --no-progress-bar --kernel python3 $$notebook .workbench/benchmarks/$$(basename $$notebook) || exit 1; done
+bench: $(READY) ## run the benchmark notebooks and write their dated pages (long; BENCH="prepare" for one of them)
+	mkdir -p .workbench/benchmarks
+	set -e; for name in $(BENCH); do \
+	  $(BIN)/papermill --no-progress-bar --kernel python3 pipelines/benchmarks/$$name.ipynb .workbench/benchmarks/$$name.ipynb; \
+	  $(BIN)/jupyter nbconvert --to markdown --no-input --output-dir docs/benchmarks --output $$(date +%F)-$$name \
+	    --NbConvertBase.display_data_priority='["text/markdown", "text/html", "image/png", "text/plain"]' \
+	    .workbench/benchmarks/$$name.ipynb; done
 
 gpu: ## run what needs an NVIDIA GPU, on a box that has torch, lightning, numpy, onnx and onnxruntime
 	$(PYTHON) -m pytest -m gpu -p no:cacheprovider

@@ -55,6 +55,16 @@ def wait_for(home: Path, step: str, process: subprocess.Popen) -> None:
         time.sleep(0.2)
 
 
+def versions_of(home: Path) -> list:
+    "The versions of the only model there is."
+    from workbench.tracking.registry import model_names, versions
+    from workbench.tracking.runs import open_store
+
+    store = open_store(home)
+    assert model_names(store) == ["ranking-movielens-100k"]
+    return versions(store, "ranking-movielens-100k")
+
+
 @pytest.fixture(scope="module")
 def night(home) -> dict:
     "The record of a night whose runner was killed while it was packaging, and that was then resumed."
@@ -76,12 +86,7 @@ def test_a_killed_night_is_finished_and_nothing_is_done_twice(night):
 
 
 def test_a_killed_package_step_leaves_one_version(home, night):
-    from workbench.tracking.registry import model_names, versions
-    from workbench.tracking.runs import open_store
-
-    store = open_store(home)
-    assert model_names(store) == ["ranking-movielens-100k"]
-    assert [(version.number, version.champion) for version in versions(store, "ranking-movielens-100k")] == [(1, True)]
+    assert [(version.number, version.champion) for version in versions_of(home)] == [(1, True)]
 
 
 def test_the_summary_says_what_came_of_it_and_what_to_type_next(night):
@@ -94,6 +99,19 @@ def test_the_same_night_again_skips_every_step(home, night):
     assert code == 0
     assert [line.split()[:3] for line in error.splitlines()] == [
         ["=", step["name"], "unchanged"] for step in night["steps"]]
+    again = asked(home, "show")
+    report = next(row["where"] for row in again["tables"]["paths"]["rows"] if row["what"] == "report")
+    assert again["run"]["run_id"] != night["run_id"] and again["run"]["run_id"] in Path(report).read_text()
+
+
+def test_packaging_by_hand_proves_the_bento_and_registers_nothing(home, night, tmp_path):
+    notebook = Path(__file__).parents[1] / "pipelines" / "package.ipynb"
+    done = subprocess.run([sys.executable, "-m", "papermill", "--kernel", "python3", notebook, tmp_path / "package.ipynb"],
+                          env=os.environ | {"WORKBENCH_PATHS_HOME": str(home)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    left = json.loads((home / "by-hand" / "package" / "end.json").read_text())["facts"]
+    assert left["proof"]["questions"] and left["decision"] == {} and left["run"] == ""
+    assert [version.number for version in versions_of(home)] == [1]
 
 
 def test_show_has_every_part(home, night):

@@ -280,12 +280,12 @@ def path_table(
 ) -> Table:
     "Return where everything is; what is not there is not listed."
     run, steps = Path(record["folder"]), {step["name"]: step for step in record["steps"]}
-    home = run.parent.parent
     found = {what: Path(steps[step]["folder"])/facts[step][name]
              for what, (step, name) in PLACES.items() if fact(facts, step, name)}
+    if (run/"report.html").exists(): found["report"] = run/"report.html"    # it failed, or its report step had nothing to do
     found |= {f"notebook of {step['name']}": Path(step.get("notebook") or "/nowhere") for step in broken_steps(record)}
-    found |= {"executed notebooks": home/"steps", "record of the run": run/"run.json",
-              "tracking store": home/"mlflow.db"}
+    found |= {"executed notebooks": run.parent.parent/"steps", "record of the run": run/"run.json",
+              "tracking store": run.parent.parent/"mlflow.db"}
     return Table([{"what": what, "where": str(path)} for what, path in found.items() if path.exists()])
 
 # %% ../../nbs/operations/00_summary.ipynb #ccbe7155

@@ -21,7 +21,7 @@ import torch
 
 from ..data.histories import Histories, Split
 from ..evaluation.metrics import ndcg
-from ..evaluation.protocol import automatic_batch, evaluating, place
+from ..evaluation.protocol import case_batches, evaluating, place
 from ..files import read_json, write_json
 from ..models.baselines import (
     Blend, Neighbours, fit_popularity, item_counts, neighbours_from_counts, pair_counts)
@@ -132,19 +132,13 @@ def blend_scores(
     scale: str,                    # a registered scale
 ) -> np.ndarray:                   # float64 [len(weights)], NDCG@10
     "Measure every weight on the same answers of the members."
-    blends = [Blend(members, [weight, 1 - weight], scale).eval() for weight in weights]
-    total, size = np.zeros(len(weights)), automatic_batch(cases.n_items)
-    with evaluating(blends[0]) as device:
-        for start in range(0, len(cases), size):
-            rows = np.arange(start, min(start + size, len(cases)))
-            items, lengths = (torch.from_numpy(part).to(device) for part in cases.inputs(rows, blends[0].length))
-            parts = [blends[0].scaled(member, items, lengths) for member in members]
-            targets = torch.from_numpy(cases.targets[rows].astype(np.int64)).to(device)
-            seen = cases.seen(rows) if cases.exclude_seen else np.zeros((len(rows), 1), np.int64)
-            hidden = torch.from_numpy(seen).to(device)
+    blend, total = Blend(members, [0.5, 0.5], scale).eval(), np.zeros(len(weights))
+    with evaluating(blend) as device:
+        for batch in case_batches(cases, cases.exclude_seen, blend.length, device):
+            first, second = (blend.scaled(member, batch.items, batch.lengths) for member in members)
             for i, weight in enumerate(weights):
-                scores = torch.nn.functional.pad(weight*parts[0] + (1 - weight)*parts[1], (1, 0), value=-torch.inf)
-                total[i] += ndcg(place(scores, targets, hidden).cpu().numpy(), 10).sum()
+                scores = torch.nn.functional.pad(weight*first + (1 - weight)*second, (1, 0), value=-torch.inf)
+                total[i] += ndcg(place(scores, batch.targets, batch.excluded).cpu().numpy(), 10).sum()
     return total/len(cases)
 
 # %% ../../nbs/training/04_candidates.ipynb #430d23e1
