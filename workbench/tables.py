@@ -49,8 +49,10 @@ class Table:
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def _repr_markdown_(self) -> str:
-        grid = [[self.heading(c) for c in self.columns], *([format_value(row.get(c)) for c in self.columns] for row in self.rows)]
-        lines = ["| " + " | ".join(escape(cell, quote=False).replace("|", r"\|") for cell in row) + " |" for row in grid]
+        grid = [[self.heading(c) for c in self.columns],
+                *([format_value(row.get(c)) for c in self.columns] for row in self.rows)]
+        grid = [[escape(cell, quote=False).replace("|", r"\|") for cell in row] for row in grid]
+        lines = [f"| {' | '.join(row)} |" for row in grid]
         title = [f"**{escape(self.title, quote=False)}**", ""] if self.title else []
         return "\n".join([*title, lines[0], "|" + "---|"*len(self.columns), *lines[1:]])
 
