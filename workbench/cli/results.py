@@ -18,6 +18,7 @@ from ..errors import PipelineError, TrackingError
 from ..operations.summary import Summary
 from ..pipeline.records import PipelineRun, list_runs, read_run
 from ..pipeline.runs import resume, run_pipeline
+from ..pipeline.steps import FINISHED, finished_step
 from ..settings import Settings, settings
 from ..tables import Table
 
@@ -107,8 +108,11 @@ def left_by(run: PipelineRun, *steps: str) -> dict[str, Path]:  # step → folde
     "Return the folders that steps of a run left; raises `PipelineError` naming one that has not finished."
     for name in steps:
         record = next((each for each in run.steps if each.name == name), None)
-        if record is None or record.status not in ("succeeded", "skipped") or not Path(record.folder).is_dir():
+        if record is None or record.status not in FINISHED:
             raise PipelineError(f"step {name} of run {run.run_id} has not finished: workbench resume {run.run_id}")
+        if not finished_step(Path(record.folder)):
+            raise PipelineError(f"the files of step {name} of run {run.run_id} are not all as it left them: workbench "
+                                f"resume {run.run_id} makes them again")
     return {name: Path(run[name].folder) for name in steps}
 
 def winner_of(run: PipelineRun) -> tuple[str, Any, Any]:  # name, model, histories

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNITS', 'DATES', 'MISSING', 'MAX_ID', 'EARLIEST', 'SLACK', 'NOTHING', 'SEEN', 'unit_of', 'from_dates', 'seconds',
            'id_reasons', 'time_reasons', 'judge', 'quarantine_path', 'quarantine', 'schema', 'check_events',
-           'Interactions', 'read_seen', 'read_split', 'number', 'pack_events', 'settle', 'from_raw',
+           'Interactions', 'read_seen', 'read_split', 'number', 'keep_core', 'pack_events', 'settle', 'from_raw',
            'read_interactions']
 
 # %% ../../nbs/data/04_interactions.ipynb #479be4d1
@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from .catalogue import Catalogue
-from .formats import read_raw
+from .formats import ends_in_a_line, read_raw
 from .histories import Histories, core, pack
 from ..errors import DataError, UsageError
 from ..files import write_atomic
@@ -172,6 +172,10 @@ class Interactions:
         return self.summary()._repr_html_() + (self.report._repr_html_() if self.report.rows else "")
     def __rich__(self): return self.summary().__rich__()
 
+    def filtered(self, min_count: int = 1, min_history: int = 1) -> "Interactions":
+        "Drop rare items and short histories until none is left, and say so in the report."
+        return keep_core(self, min_count, min_history)
+
     def histories(
         self,
         min_count: int = 1,             # interactions an item needs to stay
@@ -181,7 +185,7 @@ class Interactions:
     ) -> Histories:                     # packed and split
         "Pack the log into histories, dropping rare items and short histories until none is left."
         exclude_seen = self.exclude_seen if exclude_seen is None else exclude_seen
-        return pack_events(self, min_count, min_history, split, exclude_seen)
+        return pack_events(self.filtered(min_count, min_history), split, exclude_seen)
 
 # %% ../../nbs/data/04_interactions.ipynb #78b0440d
 SEEN = {"auto": None, "exclude": True, "keep": False}  # what may be said about items of the history
@@ -206,25 +210,33 @@ def number(ids: pl.Series) -> tuple[np.ndarray, np.ndarray]:  # int64 [n], row o
     rows = ids.cast(pl.Enum(vocabulary)).to_physical().to_numpy().astype(np.int64)
     return rows, np.array(vocabulary.to_list(), dtype=np.str_)
 
-def pack_events(
+def keep_core(
     log: Interactions,              # a checked log
     min_count: int,                 # interactions an item needs
     min_history: int,               # interactions a user needs
+) -> Interactions:                  # the rest, with one more row in its report
+    "Drop rare items and short histories in turn until nothing changes; raises `DataError` when nothing is left."
+    if min_count <= 1 and min_history <= 1: return log
+    kept = core(number(log.events["user_id"])[0], number(log.events["item_id"])[0], min_count, min_history)
+    if not kept.any():
+        raise DataError(f"{log.name} has no user with {min_history} interactions and item with {min_count}: "
+                        "lower min_history or min_count")
+    lost, whole = int((~kept).sum()), len(log) + sum(row["rows"] for row in log.report.rows)
+    if not lost: return log
+    row = {"reason": f"item played less than {min_count} times or user with less than {min_history} interactions",
+           "rows": lost, "share": lost/whole}
+    return replace(log, events=log.events.filter(pl.Series(kept)), report=replace(log.report, rows=[*log.report.rows, row]))
+
+def pack_events(
+    log: Interactions,              # a checked log
     split: str | tuple[int, int],   # leave_last_out, or two moments
     exclude_seen: bool | None,      # None lets the log decide
 ) -> Histories:                     # packed and split
-    "Number, filter, pack and split; raises `DataError` when nothing is left or a split by time has no times."
+    "Number, pack and split; raises `DataError` when a split by time has no times."
     if split != "leave_last_out" and not log.has_time:
         raise DataError(f"{log.name} has an order but no times, and cannot be split by time: use leave_last_out")
     (users, user_ids), (items, item_ids) = number(log.events["user_id"]), number(log.events["item_id"])
     times = log.events["timestamp"].to_numpy()
-    if min_count > 1 or min_history > 1:
-        kept = core(users, items, min_count, min_history)
-        if not kept.any():
-            raise DataError(f"{log.name} has no user with {min_history} interactions and item with {min_count}: "
-                            "lower min_history or min_count")
-        (users_left, users), (items_left, items) = (np.unique(x[kept], return_inverse=True) for x in (users, items))
-        times, user_ids, item_ids = times[kept], user_ids[users_left], item_ids[items_left]
     return pack(log.name, users, items, times, user_ids, item_ids, split, exclude_seen)
 
 # %% ../../nbs/data/04_interactions.ipynb #5efbfbe3
@@ -237,6 +249,9 @@ def settle(
 ) -> tuple[pl.DataFrame, Table]:           # the good events, and what was dropped
     "Judge rows, set the bad ones aside, remove duplicates, and hold what is left to the schema."
     judged, timed = judge(raw), "timestamp" in raw.columns
+    last = judged["reason"][-1] if judged.height else None
+    if last and ends_in_a_line(source):
+        raise DataError(f"{source} was cut off: it ends without a line break in a row of which {last}; restore the file")
     limit = settings().data.quarantine if limit is None else limit
     rows = quarantine(judged, source, limit, quarantine_path(source, home))
     when = pl.col("seconds").floor() if timed else pl.int_range(pl.len())

@@ -16,9 +16,8 @@ from ..errors import PipelineError
 from ..files import hold_lock, private_folder, sweep
 from .plan import Job, Pipeline, absolute, plan_jobs
 from .records import PipelineRun, StepRecord, new_run_id, now, reconcile, this_process
-from .runner import (
-    StepFailure, end_family, finished_step, output_folder, run_step, scratch_prefix, why_again)
-from .steps import FINISHED, runs_folder, steps_folder
+from .runner import StepFailure, end_family, output_folder, run_step, scratch_prefix, why_again
+from .steps import FINISHED, finished_step, runs_folder, steps_folder
 from ..settings import Settings, settings
 
 # %% ../../nbs/pipeline/07_session.ipynb #1199dd25
