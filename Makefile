@@ -46,7 +46,7 @@ bench: $(READY) ## run the benchmark notebooks and write their dated pages (long
 	    .workbench/benchmarks/$$name.ipynb; done
 
 gpu: ## run what needs an NVIDIA GPU, on a box that has torch, lightning, numpy, onnx and onnxruntime
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
+	$(PYTHON) -m pytest tests/test_training.py -m gpu -p no:cacheprovider
 
 docs: $(READY) ## build the site into site/
 	$(BIN)/pip install --quiet --editable ".[docs]" --constraint requirements.lock

@@ -14,16 +14,26 @@ from workbench.serving.packaging import free_port, is_ready
 
 pytestmark = pytest.mark.slow
 WORKBENCH = Path(sys.executable).parent / "workbench"
+GUARD = Path(__file__).parent / "guard"         # its sitecustomize.py refuses connections to other machines
 SMALL = ["-p", "min_history=150", "-p", "train.epochs=2", "-p", "optimize.minutes=0.7", "-p", "optimize.rounds=2"]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("night") / "home"
+    home = tmp_path_factory.mktemp("night") / "home"
+    subprocess.run([WORKBENCH, "data", "fetch", "movielens-100k"], env=os.environ | {"WORKBENCH_PATHS_HOME": str(home)},
+                   check=True, capture_output=True)
+    return home
+
+
+def guarded(home: Path) -> dict[str, str]:
+    "An environment in which no Python process can reach another machine, and in which those that try are written down."
+    path = os.pathsep.join([str(GUARD), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"WORKBENCH_PATHS_HOME": str(home), "PYTHONPATH": path, "NETWORK_GUARD": str(home.parent / "calls.txt")}
 
 
 def start(home: Path, *words: str, **streams) -> subprocess.Popen:
-    environment = os.environ | {"WORKBENCH_PATHS_HOME": str(home)}
+    environment = guarded(home)
     return subprocess.Popen([WORKBENCH, *words], env=environment, stdin=subprocess.DEVNULL, text=True, **streams)
 
 
@@ -107,7 +117,7 @@ def test_the_same_night_again_skips_every_step(home, night):
 def test_packaging_by_hand_proves_the_bento_and_registers_nothing(home, night, tmp_path):
     notebook = Path(__file__).parents[1] / "pipelines" / "package.ipynb"
     done = subprocess.run([sys.executable, "-m", "papermill", "--kernel", "python3", notebook, tmp_path / "package.ipynb"],
-                          env=os.environ | {"WORKBENCH_PATHS_HOME": str(home)}, capture_output=True, text=True, timeout=300)
+                          env=guarded(home), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     left = json.loads((home / "by-hand" / "package" / "end.json").read_text())["facts"]
     assert left["proof"]["questions"] and left["decision"] == {} and left["run"] == ""
@@ -180,3 +190,17 @@ def test_an_interrupted_night_says_so_and_does_not_try_again(home, night, number
     assert process.returncode == 130 and "workbench resume goes on from here" in error
     assert [(step["status"], step["attempts"]) for step in record(home)["steps"][:3]] == [
         ("skipped", 0), ("killed", 1), ("waiting", 0)]
+
+
+def test_nothing_phones_home(home, night, tmp_path):
+    "In all of the above no process has looked for another machine; one that does is seen."
+    calls = home.parent / "calls.txt"
+    assert not calls.exists(), calls.read_text()
+    code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
+    done = subprocess.run([sys.executable, "-c", code], env=guarded(tmp_path / "home"), capture_output=True, text=True)
+    assert done.returncode == 1 and "192.0.2.1" in (tmp_path / "calls.txt").read_text()
+
+
+def test_what_a_night_leaves_is_private(home, night):
+    folders = [home, *home.glob("*/"), *home.glob("steps/*/"), *home.glob("steps/*/*/"), *home.glob("runs/*/")]
+    assert [str(folder) for folder in folders if folder.stat().st_mode & 0o777 != 0o700] == []

@@ -6,6 +6,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,33 @@ print(len({names!r}), 'modules')
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+PROGRAMS = {"bentoml", "ipykernel", "jupyterlab", "onnxscript"}   # started, or imported by what we import
+
+
+def test_the_core_declares_what_it_imports_and_nothing_else():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[\[><=]", line)[0] for line in project["dependencies"]}
+    owners, used = packages_distributions(), set()
+    for path in [*MODULES, *ROOT.glob("bentos/*/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            used |= {name.partition(".")[0] for name in names} - {"", "workbench"}
+    theirs = {name: {owner.lower().replace("_", "-") for owner in owners[name]} for name in used - sys.stdlib_module_names}
+    assert {name for name, packages in theirs.items() if not packages & declared} == set()
+    assert declared - set().union(*theirs.values()) - PROGRAMS == set()
+
+
+def test_no_notebook_holds_a_secret(tmp_path):
+    from workbench.serving.packaging import secret_in
+
+    everything = [*NOTEBOOKS, *STEPS, *ROOT.glob("pipelines/benchmarks/*.ipynb"), ROOT / "settings.ini"]
+    allowed = ROOT / "nbs" / "serving" / "05_packaging.ipynb"       # it shows what one looks like
+    assert [str(path) for path in everything if secret_in(path) and path != allowed] == []
+    (tmp_path / "leak.ipynb").write_text(json.dumps({"source": "api_key = 'abcdefgh12345678'"}))
+    assert secret_in(tmp_path / "leak.ipynb")
 
 
 def test_no_docstring_is_missing():

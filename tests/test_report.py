@@ -47,8 +47,8 @@ def make_report(name: str, best: int) -> Report:
     "A report of sixty cases, whose ranks begin at `best`."
     ranks = best + np.arange(60) % 20
     metrics = {metric: estimate(measure(metric, ranks), repeats=50) for metric in NAMES}
-    ndcg, hits = metrics["ndcg@10"], metrics["hit_rate@10"]
-    slices = (Slice("history length", "1–9 items", 60, ndcg, hits), Slice("popularity", "head", 60, ndcg, hits))
+    facts = {"cases": 60, "coverage": 0.5, **{name: metrics[f"{name}@10"] for name in ("ndcg", "hit_rate", "mrr")}}
+    slices = (Slice(by="history length", name="1–9 items", **facts), Slice(by="popularity", name="head", **facts))
     return Report(model=name, split="test", cases="c0ffee", ranks=ranks, metrics=metrics, coverage=0.5, slices=slices,
                   n_items=99, exclude_seen=True, repeat_share=0.0, confidence=0.95)
 

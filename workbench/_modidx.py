@@ -1428,6 +1428,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'workbench/serving/engine.py'),
                                           'workbench.serving.engine.Model.run': ( 'serving/engine.html#model.run',
                                                                                   'workbench/serving/engine.py'),
+                                          'workbench.serving.engine.check_k': ( 'serving/engine.html#check_k',
+                                                                                'workbench/serving/engine.py'),
                                           'workbench.serving.engine.first_allowed': ( 'serving/engine.html#first_allowed',
                                                                                       'workbench/serving/engine.py'),
                                           'workbench.serving.engine.usable': ('serving/engine.html#usable', 'workbench/serving/engine.py'),

@@ -225,7 +225,8 @@ def keep_core(
     if not lost: return log
     row = {"reason": f"item played less than {min_count} times or user with less than {min_history} interactions",
            "rows": lost, "share": lost/whole}
-    return replace(log, events=log.events.filter(pl.Series(kept)), report=replace(log.report, rows=[*log.report.rows, row]))
+    report = replace(log.report, rows=[*log.report.rows, row])
+    return replace(log, events=log.events.filter(pl.Series(kept)), report=report)
 
 def pack_events(
     log: Interactions,              # a checked log
@@ -251,7 +252,8 @@ def settle(
     judged, timed = judge(raw), "timestamp" in raw.columns
     last = judged["reason"][-1] if judged.height else None
     if last and ends_in_a_line(source):
-        raise DataError(f"{source} was cut off: it ends without a line break in a row of which {last}; restore the file")
+        raise DataError(f"{source} was cut off: it ends without a line break in a row of which {last}; restore it, or "
+                        "end it with a line break")
     limit = settings().data.quarantine if limit is None else limit
     rows = quarantine(judged, source, limit, quarantine_path(source, home))
     when = pl.col("seconds").floor() if timed else pl.int_range(pl.len())
