@@ -136,6 +136,18 @@ def test_the_core_declares_what_it_imports_and_nothing_else():
     assert declared - set().union(*theirs.values()) - PROGRAMS == set()
 
 
+def test_the_guide_names_every_setting():
+    from dataclasses import fields
+
+    from workbench.settings import SECTIONS
+
+    text = (ROOT / "docs" / "guides" / "settings.md").read_text()
+    keys = {f"`[{section}] {field.name}` | {f'`{field.default}`' if str(field.default) else ''}".rstrip(" |")
+            for section, kind in SECTIONS.items() for field in fields(kind)}
+    assert {key for key in keys if key not in text} == set()
+    assert text.count("| `[") == len(keys)
+
+
 def test_no_notebook_holds_a_secret(tmp_path):
     from workbench.serving.packaging import secret_in
 
