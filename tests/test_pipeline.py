@@ -480,6 +480,14 @@ def test_a_step_that_fails_once_and_has_a_retry_succeeds_on_its_second_attempt(b
 
 
 @pytest.mark.slow
+def test_a_step_that_was_told_something_wrong_is_not_tried_again(bench):
+    bench.write("make", BEGUN, "from workbench.errors import UsageError\nraise UsageError('size is huge: choose small')")
+    with pytest.raises(StepFailure, match="size is huge: choose small; run it again with another value"):
+        run_pipeline("small", chosen=bench.card("[steps.make]\nretries = 1").chosen)
+    assert bench.begun() == {"make": 1}
+
+
+@pytest.mark.slow
 def test_the_checksum_of_everything_a_step_left_verifies(finished):
     found = list(finished.home.glob("steps/*/*/step.json"))
     assert sorted(path.parent.parent.name for path in found) == sorted(NEEDS)

@@ -56,7 +56,7 @@ def write_json(
 
 def read_json(path: str | Path) -> Any:
     "Read a JSON file; a missing or malformed one is a `WorkbenchError` that names it."
-    try: return json.loads(Path(path).read_text())
+    try: return json.loads(Path(path).read_text(encoding="utf8"))
     except FileNotFoundError: raise WorkbenchError(f"{path} does not exist") from None
     except ValueError as error:
         raise WorkbenchError(f"{path} is not valid JSON ({error}): remove or restore it") from None

@@ -82,6 +82,9 @@ def convert(
     where: str,     # for the error: file, section and key
 ) -> Any:           # the value
     "Convert the text of a setting to its type."
+    if kind is Path:
+        if not text.strip(): raise SettingsError(f"{where} is empty: write a folder, or leave the line out")
+        return Path(text.strip()).expanduser()
     try: return TRUTH[text.strip().lower()] if kind is bool else kind(text.strip())
     except (ValueError, KeyError):
         raise SettingsError(f"{where} is {text!r}, which is not a valid {kind.__name__}: correct it") from None
@@ -113,7 +116,7 @@ def entries(
     "Collect what the file and the environment set, in order of precedence."
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        if path: parser.read_string(path.read_text(), source=str(path))
+        if path: parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
     except (OSError, UnicodeError, configparser.Error) as error:
         raise SettingsError(f"{path} cannot be read ({str(error).splitlines()[0]}): correct or remove it") from None
     found = [(s, key, text, f"{path} [{s}] {key}") for s in parser.sections() for key, text in parser[s].items()]

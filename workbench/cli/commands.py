@@ -120,7 +120,7 @@ def check_data(
 def evaluate(run: Run = "latest", as_json: Json = False) -> None:
     "Evaluate a run's winning model again on its test split."
     from workbench.cli.results import evaluate_again, find_run
-    emit(evaluate_again(find_run(run)), as_json=as_json)
+    emit(evaluate_again(find_run(run, whole=True)), as_json=as_json)
 
 @app.command()
 def bench(
@@ -130,7 +130,7 @@ def bench(
 ) -> None:
     "Compile a run's winning model for this machine in every way there is, and measure each."
     from workbench.cli.results import bench_again, find_run
-    table = bench_again(find_run(run), minutes, progress=not as_json)
+    table = bench_again(find_run(run, whole=True), minutes, progress=not as_json)
     emit(table, as_json=as_json)
 
 # %% ../../nbs/cli/05_commands.ipynb #00789a78
@@ -154,7 +154,7 @@ def recommend(
 @app.command()
 def promote(
     run: Run = "latest",
-    version: Annotated[int | None, typer.Option(help="A version to promote, instead of the run's.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="A version to promote, instead of the run's.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Go past the comparison; never past a missing or infinite metric.")] = False,
     as_json: Json = False,

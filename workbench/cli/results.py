@@ -73,8 +73,11 @@ def resume_run(run: str, progress: bool = True, chosen: Settings | None = None) 
     "Finish a run and show it."
     with Display(progress) as display: return resume(run, display, chosen)
 
-def find_run(run: str) -> PipelineRun:
+def find_run(run: str, whole: bool = False) -> PipelineRun:  # whole: let `latest` pass over what did not succeed
     "Return a run by its id, the beginning of its id, or `latest`."
+    if whole and run == "latest":
+        for each in list_runs():
+            if each.status == "succeeded": return each
     return read_run(run)
 
 # %% ../../nbs/cli/04_results.ipynb #c428b123
@@ -166,7 +169,7 @@ def promote_run(run: str, number: int | None = None, force: bool = False) -> "De
     "Ask for a run's version, or another of the same model, to become champion."
     from workbench.tracking.promotion import promote
     from workbench.tracking.runs import open_store
-    found = find_run(run)
+    found = find_run(run, whole=True)
     left_by(found, "package")
     facts = Summary.of(found.to_dict()).facts["package"]
-    return promote(open_store(settings().home), facts["name"], number or facts["version"], force)
+    return promote(open_store(settings().home), facts["name"], facts["version"] if number is None else number, force)

@@ -216,7 +216,9 @@ def keep_core(
     min_history: int,               # interactions a user needs
 ) -> Interactions:                  # the rest, with one more row in its report
     "Drop rare items and short histories in turn until nothing changes; raises `DataError` when nothing is left."
-    if min_count <= 1 and min_history <= 1: return log
+    if min(min_count, min_history) < 1:
+        raise UsageError(f"min_count is {min_count} and min_history is {min_history}: both are 1 or more")
+    if min_count == min_history == 1: return log
     kept = core(number(log.events["user_id"])[0], number(log.events["item_id"])[0], min_count, min_history)
     if not kept.any():
         raise DataError(f"{log.name} has no user with {min_history} interactions and item with {min_count}: "

@@ -24,7 +24,7 @@ def from_mirror(
     "Make a source that copies files from the mirror folder."
     def copy(folder: Path) -> str | None:
         mirror = settings().data.mirror
-        found = [Path(mirror)/name/file for file in files]
+        found = [Path(mirror).expanduser()/name/file for file in files]
         if not mirror or not all(path.is_file() for path in found): return None
         for path in found: shutil.copyfile(path, folder/path.name)
         return f"mirror {name}"

@@ -257,7 +257,8 @@ def bench(
     with tempfile.TemporaryDirectory() as scratch, bar:
         conditions = Conditions(model=save_model(model, Path(scratch)/"model"), folder=folder/"variants", k=k,
                                 threads=threads, clock=Clock(minutes), note=note)
-        rows = compete(candidates, cases, rounds, conditions)
+        try: rows = compete(candidates, cases, rounds, conditions)
+        finally: sweep(folder/"variants")                                       # of workers that were ended
     facts = machine() | {"model": type(model).__name__, "parent": fingerprint(model), "n_items": model.n_items, "k": k,
                          "length": model.length, "threads": threads, "data": histories.name, "split": split,
                          "cases": len(cases.targets), "seconds": time.monotonic() - begun}

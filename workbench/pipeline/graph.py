@@ -14,6 +14,7 @@ import dagster
 
 from ..errors import PipelineError
 from .plan import Pipeline, PlannedStep, load_pipeline
+from .runner import StepFailure
 from .session import Session, open_session
 from ..settings import Settings, settings
 
@@ -32,6 +33,9 @@ def step_asset(pipeline: Pipeline, step: PlannedStep) -> dagster.AssetsDefinitio
         retry_policy=dagster.RetryPolicy(max_retries=step.retries, delay=1) if step.retries else None)
     def compute(context: dagster.AssetExecutionContext):
         try: record = context.resources.session.step(step.name)
+        except StepFailure as failure:
+            if failure.told_wrongly: raise dagster.Failure(str(failure), allow_retries=False) from failure
+            raise
         except Exception: raise
         except BaseException as stop: raise dagster.Failure("interrupted", allow_retries=False) from stop
         return dagster.MaterializeResult(metadata={"status": record.status, "seconds": record.seconds or 0.0,

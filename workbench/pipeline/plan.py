@@ -91,6 +91,9 @@ def read_step(
     if not isinstance(needs, list): raise PipelineError(f"{where}: needs is {needs!r}: write a list of steps")
     if type(retries) is not int or not 0 <= retries <= 10:
         raise PipelineError(f"{where}: retries is {retries!r}: write a whole number from 0 to 10")
+    for key, kind, what in (("notebook", str, "the name of a file"), ("parameters", Mapping, "a table")):
+        if key in value and not isinstance(value[key], kind):
+            raise PipelineError(f"{where}: {key} is {value[key]!r}: write {what}")
     notebook = (path.parent/value.get("notebook", f"{name}.ipynb")).resolve()
     if not notebook.is_file():
         raise PipelineError(f"{where}: {notebook} does not exist: add the notebook, or remove the step")
@@ -135,7 +138,7 @@ def load_pipeline(
     for key in content:
         if key not in ("schedule", "steps"):
             raise PipelineError(f"{path.name} has a key {key!r} that is not known: there are schedule, steps")
-    if not content.get("steps"): raise PipelineError(f"{path.name} has no steps: write a table [steps.NAME] for each")
+    if not isinstance(content.get("steps"), Mapping) or not content["steps"]: raise PipelineError(f"{path.name} has no steps: write a table [steps.NAME] for each")
     steps = in_order([read_step(name, value, path) for name, value in content["steps"].items()], path.name)
     schedule = read_schedule(content["schedule"], path.name) if "schedule" in content else None
     return Pipeline(name=path.stem, path=path, steps=steps, schedule=schedule)

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['StepRecord', 'now', 'start_time', 'this_process', 'owner_lives', 'step_note', 'PipelineRun', 'honest', 'read_record',
-           'new_run_id', 'list_runs', 'read_run', 'reconcile']
+           'readable', 'new_run_id', 'list_runs', 'read_run', 'reconcile']
 
 # %% ../../nbs/pipeline/04_records.ipynb #308e2d4a
-import os, secrets
+import os, secrets, sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import PipelineError
+from ..errors import PipelineError, WorkbenchError
 from ..files import read_json, write_json
 from .steps import runs_folder
 from ..settings import settings
@@ -130,6 +130,11 @@ def read_record(folder: Path) -> PipelineRun:
         raise PipelineError(f"{folder/'run.json'} is not a run record ({error}): remove the folder") from None
 
 # %% ../../nbs/pipeline/04_records.ipynb #5b37eed7
+def readable(folder: Path) -> PipelineRun | None:
+    "Read the record of a run's folder; one that is damaged is named and passed over."
+    try: return read_record(folder)
+    except WorkbenchError as error: print(f"Warning: {error}", file=sys.stderr)
+
 def new_run_id() -> str:
     "Return an id that sorts by time and that no other run has."
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
@@ -140,8 +145,8 @@ def list_runs(
 ) -> list[PipelineRun]:             # newest first
     "Return every run there is a record of."
     records = runs_folder(home or settings().home).glob("*/run.json")
-    runs = [read_record(path.parent) for path in sorted(records, reverse=True, key=lambda path: path.parent.name)]
-    return [run for run in runs if pipeline in (None, run.pipeline)]
+    runs = [readable(path.parent) for path in sorted(records, reverse=True, key=lambda path: path.parent.name)]
+    return [run for run in runs if run and pipeline in (None, run.pipeline)]
 
 def read_run(
     run_id: str = "latest",         # an id, its beginning, or latest
@@ -160,7 +165,8 @@ def reconcile(home: Path) -> list[PipelineRun]:  # those that were found dead
     "Write `killed` into the records of runs whose owner is gone."
     dead = []
     for path in runs_folder(home).glob("*/run.json"):
-        if read_json(path)["status"] == "running" and (run := read_record(path.parent)).status == "killed":
+        run = readable(path.parent)
+        if run and run.status == "killed" and read_json(path)["status"] == "running":
             run.save()
             dead.append(run)
     return dead

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import PipelineError
+from ..errors import Interrupted, PipelineError
 from ..operations.report import write_report
 from ..operations.summary import REPORT, Summary
 from .plan import load_pipeline
@@ -44,8 +44,12 @@ def carry_out(session: Session) -> None:
 
 def to_the_end(opening: AbstractContextManager[Session]) -> PipelineRun:
     "Carry out a session and return its record; whatever came of it, there is a report."
+    session = None
     try:
         with opening as session: carry_out(session)
+    except KeyboardInterrupt:
+        if session is None: raise
+        raise Interrupted(f"run {session.run.run_id} was interrupted: workbench resume goes on from here") from None
     except StepFailure:
         with suppress(Exception): leave_report(session.run)    # what failed must be heard, not what came of telling it
         raise

@@ -135,19 +135,21 @@ def open_session(
     with hold_lock(chosen.home/"locks"/f"pipeline-{pipeline.name}.lock", f"pipeline {pipeline.name}"):
         clear_up(chosen.home)
         session = Session(pipeline, jobs, begin_record(pipeline, jobs, given, chosen.home, before), chosen, on_event)
-        whole = False
-        try:
-            yield session
-            whole = True
-        finally: close(session, whole)
+        problem: BaseException | None = None
+        try: yield session
+        except BaseException as error:
+            problem = error
+            raise
+        finally: close(session, problem)
 
-def close(session: Session, whole: bool) -> None:
+def close(session: Session, problem: BaseException | None = None) -> None:  # problem: what ended the block
     "Write how a run ended."
     from datetime import datetime
     run = session.run
     statuses = {step.status for step in run.steps}
-    if whole and statuses == {"waiting"}: return shutil.rmtree(run.folder)   # Dagster looked, nothing was done
-    run.status = "killed" if "killed" in statuses else "failed" if "failed" in statuses or not whole else "succeeded"
+    if not problem and statuses == {"waiting"}: return shutil.rmtree(run.folder)   # Dagster looked, nothing was done
+    if problem and not isinstance(problem, Exception): statuses.add("killed")
+    run.status = "killed" if "killed" in statuses else "failed" if "failed" in statuses or problem else "succeeded"
     run.ended = now()
     run.seconds += (datetime.fromisoformat(run.ended) - datetime.fromisoformat(run.owner["since"])).total_seconds()
     shutil.rmtree(run.folder/"contexts", ignore_errors=True)

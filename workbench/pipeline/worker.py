@@ -7,7 +7,7 @@ __all__ = ['PR_SET_PDEATHSIG', 'Report', 'die_with_parent', 'end_below', 'end_ev
            'cell_number', 'first_line', 'make_engine', 'unfinished', 'describe', 'execute', 'main']
 
 # %% ../../nbs/pipeline/05_worker.ipynb #9d2d9c58
-import ctypes, json, os, signal, sys
+import ctypes, json, os, signal, sys, tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ def kernel_manager() -> type:
     class StepKernel(AsyncKernelManager):
         "Starts kernels of this interpreter, which talk over sockets that only this user can open."
         transport = "ipc"
+
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            folder = os.environ.get("JUPYTER_RUNTIME_DIR") or tempfile.gettempdir()
+            self.ip = f"{folder}/kernel-{os.getpid()}"             # what the names of the sockets begin with
 
         @property
         def kernel_spec(self) -> KernelSpec:
