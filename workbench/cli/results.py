@@ -8,7 +8,7 @@ __all__ = ['Shown', 'program', 'next_lines', 'summary', 'finished', 'run_to_end'
            'champion_bundle', 'ask', 'promote_run']
 
 # %% ../../nbs/cli/04_results.ipynb #d8cad4fc
-import shutil, sys
+import shutil, sys, tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,9 +167,15 @@ def ask(bundle: Path, history: Sequence[str] | None, user: str | None, k: int) -
 
 def promote_run(run: str, number: int | None = None, force: bool = False) -> "Decision":
     "Ask for a run's version, or another of the same model, to become champion."
+    from workbench.data.histories import Histories
+    from workbench.serving.incumbent import evaluate_again
     from workbench.tracking.promotion import promote
+    from workbench.tracking.registry import champion
     from workbench.tracking.runs import open_store
-    found = find_run(run, whole=True)
-    left_by(found, "package")
-    facts = Summary.of(found.to_dict()).facts["package"]
-    return promote(open_store(settings().home), facts["name"], facts["version"] if number is None else number, force)
+    found, store = find_run(run, whole=True), open_store(settings().home)
+    folders, facts = left_by(found, "prepare", "package"), Summary.of(found.to_dict()).facts["package"]
+    if number not in (None, facts["version"]): return promote(store, facts["name"], number, force)
+    holder, histories = champion(store, facts["name"]), Histories.load(folders["prepare"]/"histories")
+    with tempfile.TemporaryDirectory() as scratch:
+        again = None if force else evaluate_again(holder, histories, Path(scratch)/"champion")
+        return promote(store, facts["name"], facts["version"], force, again=again)

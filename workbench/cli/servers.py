@@ -23,8 +23,8 @@ def check_address(
     try: loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError: loopback = False
     if not loopback:
-        raise UsageError(f"{host!r} is not a loopback address: listen on 127.0.0.1 and put a reverse proxy with a login "
-                         "before it")
+        raise UsageError(f"{host!r} is not a loopback address: listen on 127.0.0.1 and put a reverse proxy with a "
+                         "login before it")
     if not 1 <= port <= 65535: raise UsageError(f"port {port} does not exist: choose one from 1 to 65535")
     if not port_is_free(port, host):
         raise ServiceError(f"port {port} on {host} is taken: stop what listens there, or choose another with "

@@ -55,11 +55,12 @@ def check_columns(
     if not missing: return
     others = [name for name in found if name not in wanted.values()]
     if len(found) == 1 and (mark := next((mark for mark in ";\t|," if mark in found[0]), "")):
-        raise DataError(f"{path} has one column only, {listed(found)}: is it separated by {mark!r}? A .csv has commas and a "
-                        ".tsv has tabs between its columns: write it so, or name it so")
-    rest = f"of its columns {listed(others)} {'is' if len(others) == 1 else 'are'} not used" if others else "it has no others"
-    raise DataError(f"{path} has no column {', '.join(missing)}; {rest}: say which is which with columns USER,ITEM,TIME "
-                    "(--columns, or -p columns= of a run; leave out the third where there is only an order), or restore them")
+        raise DataError(f"{path} has one column only, {listed(found)}: is it separated by {mark!r}? A .csv has commas "
+                        "and a .tsv has tabs between its columns: write it so, or name it so")
+    unused = f"of its columns {listed(others)} {'is' if len(others) == 1 else 'are'} not used"
+    raise DataError(f"{path} has no column {', '.join(missing)}; {unused if others else 'it has no others'}: say which "
+                    "is which with columns USER,ITEM,TIME (--columns, or -p columns= of a run; leave out the third where "
+                    "there is only an order), or restore them")
 
 # %% ../../nbs/data/03_formats.ipynb #7cb50689
 def read_delimited(
@@ -161,6 +162,7 @@ def detect_format(path: Path) -> str:  # a name in `formats`
                         "user_id, item_id and timestamp, tabs between, and the ending .tsv")
     return "pairs" if all(len(words) == 2 for words in lines) else "sequences"
 
+# %% ../../nbs/data/03_formats.ipynb #3bddcb62
 def read_as(
     path: Path,                     # the file
     columns: Any,                   # as the caller gave them
@@ -170,7 +172,8 @@ def read_as(
     "Read a file in one format; raises `UsageError` for columns of a file that has no header."
     format = format or detect_format(path)
     if columns and formats[format] in (read_pairs, read_sequences):
-        raise UsageError(f"columns {columns!r} goes with a file that has a header; {path} is read by place, as {format}")
+        raise UsageError(f"columns {columns!r} goes with a file that has a header; {path} is read by place, as "
+                         f"{format}")
     return formats[format](path, wanted)
 
 def read_raw(

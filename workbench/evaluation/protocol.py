@@ -6,7 +6,7 @@
 __all__ = ['SCORES', 'LISTED', 'MEASURED', 'place', 'automatic_batch', 'checked', 'Batch', 'case_batches', 'rank_batch',
            'Ranking', 'evaluating', 'ranks', 'length_bands', 'popularity_bands', 'Slice', 'Results', 'save_report',
            'load_report', 'describe_report', 'metric_table', 'slice_table', 'plot_slices', 'Report', 'case_fingerprint',
-           'slice_cases', 'evaluate']
+           'slice_cases', 'evaluate', 'evaluate_ranking']
 
 # %% ../../nbs/evaluation/01_protocol.ipynb #5fdce96a
 from collections.abc import Iterator
@@ -328,15 +328,28 @@ def evaluate(
     batch_size: int | None = None,      # cases at a time; None chooses by the size of the catalogue
 ) -> Report:
     "Rank everything for every case and measure it; raises `EvaluationError` when there is nothing to measure."
-    exclude_seen = split.exclude_seen if exclude_seen is None else exclude_seen
     found = ranks(model, split, exclude_seen, batch_size)
+    return evaluate_ranking(found, split, train, name or type(model).__name__, exclude_seen, confidence, repeats, seed)
+
+def evaluate_ranking(
+    found: Ranking,                     # of every case
+    split: Split,                       # the cases
+    train: Split | None = None,         # whose plays say what is popular; None for the histories of the cases
+    name: str = "",                     # of what ranked, in tables
+    exclude_seen: bool | None = None,   # whether items of the history were left out; None for what the data set says
+    confidence: float = 0.95,           # of the intervals
+    repeats: int = 2_000,               # bootstrap resamples
+    seed: int = 0,                      # of the resampling
+) -> Report:
+    "Measure a ranking that has been made."
+    exclude_seen = split.exclude_seen if exclude_seen is None else exclude_seen
     bootstrap = {"confidence": confidence, "repeats": repeats, "seed": seed}
     lengths, counts = split.ends - split.starts, item_counts(split if train is None else train)
     slices = [part for by, bands in (("history length", length_bands(lengths)),
                                      ("popularity", popularity_bands(split.targets, counts)))
               for part in slice_cases(found, by, bands, split.n_items, **bootstrap)]
     return Report(
-        model=name or type(model).__name__, split=split.name, cases=case_fingerprint(split, exclude_seen),
+        model=name, split=split.name, cases=case_fingerprint(split, exclude_seen),
         ranks=found.ranks, metrics={each: estimate(measure(each, found.ranks), **bootstrap) for each in NAMES},
         coverage=coverage(found.top, split.n_items), slices=tuple(slices), n_items=split.n_items,
         exclude_seen=bool(exclude_seen), repeat_share=float(repeated(split).mean()), confidence=confidence)

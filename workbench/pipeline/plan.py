@@ -138,7 +138,8 @@ def load_pipeline(
     for key in content:
         if key not in ("schedule", "steps"):
             raise PipelineError(f"{path.name} has a key {key!r} that is not known: there are schedule, steps")
-    if not isinstance(content.get("steps"), Mapping) or not content["steps"]: raise PipelineError(f"{path.name} has no steps: write a table [steps.NAME] for each")
+    if not isinstance(content.get("steps"), Mapping) or not content["steps"]:
+        raise PipelineError(f"{path.name} has no steps: write a table [steps.NAME] for each")
     steps = in_order([read_step(name, value, path) for name, value in content["steps"].items()], path.name)
     schedule = read_schedule(content["schedule"], path.name) if "schedule" in content else None
     return Pipeline(name=path.stem, path=path, steps=steps, schedule=schedule)

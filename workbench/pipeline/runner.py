@@ -24,7 +24,7 @@ from .worker import end_below
 from ..settings import quiet_environment
 
 # %% ../../nbs/pipeline/06_runner.ipynb #954483d8
-WRONGLY_TOLD = {kind.__name__ for kind in (UsageError, *UsageError.__subclasses__())}  # a parameter or a setting is wrong
+WRONGLY_TOLD = {kind.__name__ for kind in (UsageError, *UsageError.__subclasses__())}  # a wrong parameter or setting
 
 class StepFailure(PipelineError):
     "A step that did not finish: where, and why."
