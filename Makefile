@@ -38,12 +38,14 @@ test: $(READY) ## run every notebook and every test
 	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
 
 bench: $(READY) ## run the benchmark notebooks and write their dated pages (long; BENCH="prepare" for one of them)
-	mkdir -p .workbench/benchmarks
+	umask 077; mkdir -p .workbench/benchmarks
 	set -e; for name in $(BENCH); do \
 	  $(BIN)/papermill --no-progress-bar --kernel python3 pipelines/benchmarks/$$name.ipynb .workbench/benchmarks/$$name.ipynb; \
 	  $(BIN)/jupyter nbconvert --to markdown --no-input --output-dir docs/benchmarks --output $$(date +%F)-$$name \
 	    --NbConvertBase.display_data_priority='["text/markdown", "text/html", "image/png", "text/plain"]' \
-	    .workbench/benchmarks/$$name.ipynb; done
+	    .workbench/benchmarks/$$name.ipynb; \
+	  cat -s docs/benchmarks/$$(date +%F)-$$name.md > .workbench/benchmarks/page; \
+	  mv .workbench/benchmarks/page docs/benchmarks/$$(date +%F)-$$name.md; done
 
 gpu: ## run what needs an NVIDIA GPU, on a box that has torch, lightning, numpy, onnx and onnxruntime
 	$(PYTHON) -m pytest tests/test_training.py -m gpu -p no:cacheprovider

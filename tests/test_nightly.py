@@ -180,6 +180,17 @@ def test_a_night_that_fails_leaves_the_champion_and_a_report(home, night, tmp_pa
     assert not asked(home, "recommend", "--user", "1")["degraded"]
 
 
+def test_on_another_log_the_champion_is_asked_again_about_its_cases(home, night):
+    small = [word.replace("min_history=150", "min_history=140") for word in SMALL]
+    code, _, error = workbench(home, "run", "nightly", *small, "-p", "train.epochs=1", "-p", "optimize.minutes=0.3")
+    assert code == 0, error
+    decision = asked(home, "show")["facts"]["package"]["decision"]
+    assert "version 1, which was asked again about these cases" in decision["reason"]
+    assert decision["comparison"]["verdict"] in ("better", "level", "worse")
+    assert decision["promoted"] == (decision["comparison"]["verdict"] != "worse")
+    assert [version.number for version in versions_of(home) if version.champion] == [2 if decision["promoted"] else 1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupted_night_says_so_and_does_not_try_again(home, night, number):
     "The train step may be tried twice; an interrupt is not a failure."
