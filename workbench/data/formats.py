@@ -59,8 +59,8 @@ def check_columns(
                         "and a .tsv has tabs between its columns: write it so, or name it so")
     unused = f"of its columns {listed(others)} {'is' if len(others) == 1 else 'are'} not used"
     raise DataError(f"{path} has no column {', '.join(missing)}; {unused if others else 'it has no others'}: say which "
-                    "is which with columns USER,ITEM,TIME (--columns, or -p columns= of a run; leave out the third where "
-                    "there is only an order), or restore them")
+                    "is which with columns USER,ITEM,TIME (--columns, or -p columns= of a run; leave out the third "
+                    "where there is only an order), or restore them")
 
 # %% ../../nbs/data/03_formats.ipynb #7cb50689
 def read_delimited(
