@@ -84,7 +84,7 @@ def find_run(run: str, whole: bool = False) -> PipelineRun:  # whole: let `lates
 def run_rows(runs: Sequence[PipelineRun]) -> list[dict[str, Any]]:
     "Return a row for each run."
     return [{"run": run.run_id, "pipeline": run.pipeline, "status": run.status, "steps": f"{done} of {len(run.steps)}",
-             "time": run.seconds} for run in runs
+             "time": run.so_far} for run in runs
             for done in [sum(step.status in ("succeeded", "skipped") for step in run.steps)]]
 
 def champion_rows(home: Path) -> list[dict[str, Any]]:

@@ -209,7 +209,7 @@ def machine() -> dict[str, Any]:
 def notes(total: int, progress: bool) -> tuple[Any, Callable[[str], None]]:
     "Make a progress bar of `total` steps, and what to call with the name of each step."
     from tqdm import tqdm
-    bar = tqdm(total=total, disable=not progress, leave=False, bar_format="{desc} {bar} {n_fmt}/{total_fmt}")
+    bar = tqdm(total=total, disable=None if progress else True, leave=False, bar_format="{desc} {bar} {n_fmt}/{total_fmt}")
     def note(text: str) -> None:
         bar.set_description_str(text)
         bar.update()

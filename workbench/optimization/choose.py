@@ -9,6 +9,7 @@ __all__ = ['FALLBACK', 'UNITS', 'COLUMNS', 'TITLE', 'TERMINAL', 'Gate', 'Decisio
 # %% ../../nbs/optimization/07_choose.ipynb #39d9bec0
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,10 @@ class Decision:
     "Which variant, and why."
     variant: str
     reason: str
+
+    def to_dict(self) -> dict[str, str]: return {"variant": self.variant, "reason": self.reason}
+    def __str__(self) -> str: return f"{self.variant}: {self.reason}"
+    def _repr_html_(self) -> str: return f"<p>{escape(str(self))}</p>"
 
 def decide(
     rows: Sequence[Mapping[str, Any]],  # of a variant table

@@ -70,7 +70,9 @@ class Ranking:
         page: str = "",                  # HTML for `/`
         chosen: Serving | None = None,   # limits; None for the defaults
     ):
-        self.page, self.chosen, self.policy = page, chosen or Serving(), content_policy(page)
+        self.chosen = chosen or Serving()
+        self.page = page.replace('max="50"', f'max="{self.chosen.max_k}"')    # the field for k
+        self.policy = content_policy(self.page)
         self.engine: Engine | None = None
         self.metrics: Metrics | None = None
         self.failure, self.admission, self.listeners = "", Admission(), []
@@ -169,6 +171,7 @@ def history(ranking: Ranking) -> Endpoint:
     "Make the endpoint that shows what a user had."
     async def endpoint(request: "Request", name: str) -> "Response":
         engine, user = ranking.need(), one_parameter(request, "user_id")
+        if not user: raise RequestError("user_id: give the listener's id", "missing", "user_id")
         if user not in engine.users:
             raise RequestError(f"user_id: {REASONS['unknown_user']}", "unknown_user", "user_id", 404)
         known = engine.history_of(user)

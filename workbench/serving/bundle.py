@@ -90,7 +90,8 @@ def check_bundle(folder: Path) -> dict[str, Any]:  # the manifest
     "Verify every byte; raises BundleError naming what is changed, missing, added or of a wrong kind."
     try: manifest = read_json(folder/MANIFEST)
     except (WorkbenchError, OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{folder} is not a bundle: {error}") from None
+        raise BundleError(f"{folder} is not a bundle ({error}): give the folder that the bundle line of workbench show "
+                          "names") from None
     schema = manifest.get("schema") if isinstance(manifest, Mapping) else None
     if schema != SCHEMA:
         raise BundleError(f"{folder/MANIFEST} has schema {schema!r} and this version reads {SCHEMA}: "
