@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from workbench.errors import ParameterError, PipelineError, WorkbenchError
-from workbench.pipeline import records, runner, session
+from workbench.pipeline import records, runner, session, steps
 from workbench.pipeline.plan import load_pipeline, plan_jobs
 from workbench.pipeline.records import list_runs, read_run
 from workbench.pipeline.runner import StepFailure
@@ -462,7 +462,7 @@ def test_a_step_with_a_file_missing_or_added_does_not_count_as_finished(copy):
 def test_the_checksums_are_what_finds_a_changed_file(copy, monkeypatch):
     "The negative control: with verification switched off the flipped byte is served."
     (output_of(copy, "three") / "out.txt").write_text("flipped")
-    monkeypatch.setattr(runner, "verify", lambda *arguments, **options: [])
+    monkeypatch.setattr(steps, "verify", lambda *arguments, **options: [])
     assert set(statuses(copy.run(**GIVEN)).values()) == {"skipped"}
 
 
