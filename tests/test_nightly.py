@@ -181,8 +181,8 @@ def test_a_night_that_fails_leaves_the_champion_and_a_report(home, night, tmp_pa
 
 
 def test_on_another_log_the_champion_is_asked_again_about_its_cases(home, night):
-    small = [word.replace("min_history=150", "min_history=140") for word in SMALL]
-    code, _, error = workbench(home, "run", "nightly", *small, "-p", "train.epochs=1", "-p", "optimize.minutes=0.3")
+    other = {"min_history=150": "min_history=140", "train.epochs=2": "train.epochs=1", "optimize.minutes=0.7": "optimize.minutes=0.3"}
+    code, _, error = workbench(home, "run", "nightly", *(other.get(word, word) for word in SMALL))
     assert code == 0, error
     decision = asked(home, "show")["facts"]["package"]["decision"]
     assert "version 1, which was asked again about these cases" in decision["reason"]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Answer', 'OPSET', 'INPUTS', 'OUTPUTS', 'backends', 'Backend', 'installed', 'reason', 'failures', 'with_torch',
-           'Eager', 'quiet', 'Inductor', 'write_onnx', 'OnnxRuntime', 'open_session', 'OpenVINO']
+           'Eager', 'quiet', 'Inductor', 'write_onnx', 'OnnxRuntime', 'open_session', 'import_openvino', 'OpenVINO']
 
 # %% ../../nbs/optimization/03_backends.ipynb #625ecc97
-import logging, os, tempfile, threading, warnings
+import logging, os, sys, tempfile, threading, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -167,20 +167,26 @@ def open_session(path: Path, threads: int):
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 # %% ../../nbs/optimization/03_backends.ipynb #ad3db407
+def import_openvino():
+    "Import OpenVINO without its telemetry, unless OPENVINO_TELEMETRY is set to 1."
+    if os.environ.get("OPENVINO_TELEMETRY", "0") != "1": sys.modules.setdefault("openvino_telemetry", None)
+    import openvino
+    return openvino
+
 class OpenVINO(Backend):
     "OpenVINO on the CPU, in float32."
     name, needs = "openvino", ("openvino", "onnx", "onnxscript")
 
     def compile(self, program: "ExportedProgram", folder: Path, threads: int = 1) -> None:
         with failures(self.name), quiet(), tempfile.TemporaryDirectory() as scratch:
-            import openvino
+            openvino = import_openvino()
             write_onnx(program, Path(scratch)/"model.onnx")
             graph = openvino.Core().read_model(Path(scratch)/"model.onnx")
             openvino.save_model(graph, folder/"model.xml", compress_to_fp16=False)
 
     def load(self, folder: Path, threads: int = 1) -> Answer:
         with failures(self.name), quiet():
-            import openvino
+            openvino = import_openvino()
             compiled = openvino.Core().compile_model(folder/"model.xml", "CPU", {
                 "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
         local = threading.local()

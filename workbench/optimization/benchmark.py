@@ -209,7 +209,8 @@ def machine() -> dict[str, Any]:
 def notes(total: int, progress: bool) -> tuple[Any, Callable[[str], None]]:
     "Make a progress bar of `total` steps, and what to call with the name of each step."
     from tqdm import tqdm
-    bar = tqdm(total=total, disable=None if progress else True, leave=False, bar_format="{desc} {bar} {n_fmt}/{total_fmt}")
+    form, hidden = "{desc} {bar} {n_fmt}/{total_fmt}", None if progress else True   # None: where there is no terminal
+    bar = tqdm(total=total, disable=hidden, leave=False, bar_format=form)
     def note(text: str) -> None:
         bar.set_description_str(text)
         bar.update()

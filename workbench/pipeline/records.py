@@ -92,12 +92,6 @@ class PipelineRun:
         "The step that failed, if one did."
         return next((step for step in self.steps if step.status == "failed"), None)
 
-    @property
-    def so_far(self) -> float:
-        "Seconds spent, those of a sitting that goes on included."
-        if self.status != "running" or "since" not in self.owner: return self.seconds
-        return self.seconds + (datetime.now(UTC) - datetime.fromisoformat(self.owner["since"])).total_seconds()
-
     def to_dict(self) -> dict[str, Any]:
         "Return the record as plain data."
         return asdict(self) | {"folder": str(self.folder)}

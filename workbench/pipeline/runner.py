@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PipelineError, UsageError
-from ..files import checksums, hold_lock, publish, read_json, verify, write_json
+from ..files import checksums, hold_lock, private_folder, publish, read_json, verify, write_json
 from .fingerprint import changed_parts
 from .plan import Job
 from .records import now
@@ -67,7 +67,7 @@ def worker(
 ) -> Iterator[subprocess.Popen]:
     "Run the worker of a context; when the block ends, no process and no temporary file of it is left."
     log = run/"logs"/f"{context.stem}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(log.parent)
     with (tempfile.TemporaryDirectory(prefix=scratch_prefix(run), ignore_cleanup_errors=True) as aside,
           open(log, "ab") as errors):
         environment = quiet_environment() | {CONTEXT: str(context), "WORKBENCH_PATHS_HOME": str(home), "TMPDIR": aside,

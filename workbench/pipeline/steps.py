@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PipelineError, WorkbenchError
-from ..files import checksums, read_json, verify, write_json
+from ..files import checksums, private_folder, read_json, verify, write_json
 from ..settings import settings
 from ..tables import Table
 
@@ -131,6 +131,6 @@ def by_hand(name: str, home: Path | None = None) -> Step:  # home: None for the 
     "Return a step that reads the newest successful run and writes to a folder outside every run."
     home = home or settings().home
     folder = home/"by-hand"/name
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     (folder/END).unlink(missing_ok=True)
     return Step(name, folder, home)

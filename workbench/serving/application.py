@@ -65,11 +65,7 @@ def settle_memory() -> None:
 # %% ../../nbs/serving/04_application.ipynb #74eac7a9
 class Ranking:
     "What the application shares between requests."
-    def __init__(
-        self,
-        page: str = "",                  # HTML for `/`
-        chosen: Serving | None = None,   # limits; None for the defaults
-    ):
+    def __init__(self, page: str = "", chosen: Serving | None = None):  # HTML for `/`; limits, None for the defaults
         self.chosen = chosen or Serving()
         self.page = page.replace('max="50"', f'max="{self.chosen.max_k}"')    # the field for k
         self.policy = content_policy(self.page)

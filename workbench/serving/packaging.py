@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ServiceError
-from ..files import checksums, hold_lock
+from ..files import checksums, hold_lock, private_folder
 from .bundle import MANIFEST, Bundle, load_bundle
 from .engine import Engine
 from ..settings import Settings, quiet_environment, settings
@@ -96,7 +96,7 @@ def build_bento(
     "Build a Bento around a bundle, or return the one that is there; raises ServiceError or BundleError."
     chosen = chosen or settings()
     bundle, home = bundle if isinstance(bundle, Bundle) else load_bundle(bundle), chosen.home/"bentoml"
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(home)
     building = hold_lock(home/"build.lock", "the Bento store", timeout=300)
     with building, tempfile.TemporaryDirectory(prefix="bento-") as scratch:
         fill_build_folder(Path(scratch), bundle, service_folder(chosen))
@@ -124,7 +124,7 @@ def serve_command(
         raise ServiceError("BENTOML_NO_UDS is set, which opens a port that executes what it is sent: unset it")
     load_bundle(target/"src"/"bundle" if is_bento(target) else target)
     home = chosen.home/"serving"/str(port)
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(home)
     environment = quiet_environment() | {"BENTOML_HOME": str(home)}
     environment.pop("WORKBENCH_BUNDLE", None)
     if not is_bento(target): environment["WORKBENCH_BUNDLE"] = str(target)

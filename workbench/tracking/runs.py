@@ -84,6 +84,7 @@ def connect(home: Path) -> Store:
     "Connect to the store in `home`, making its file and tables when missing; not safe without the lock."
     quiet_mlflow()
     from mlflow import MlflowClient
+    private_folder(home/"mlartifacts")
     with sqlite3.connect(home/"mlflow.db", timeout=20) as database: database.execute("PRAGMA journal_mode=WAL")
     database.close()
     uri = f"sqlite:///{home/'mlflow.db'}"
