@@ -144,7 +144,7 @@ def check_k(
     "Refuse to answer with fewer items than were asked for; raises RequestError."
     if k > most and most < n_items - 1:
         raise RequestError(f"k is {k}, and this bundle ranks {most} items at most: ask for {most} or fewer (a package "
-                           "made with a larger [serving] max_k ranks more)", "less_than_equal", "k")
+                           "made with a larger [serving] max_k ranks more)", "too_large", "k")
 
 # %% ../../nbs/serving/02_engine.ipynb #25cf6df8
 class Engine(Model):
