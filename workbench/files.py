@@ -17,14 +17,15 @@ from filelock import FileLock, Timeout
 
 from .errors import WorkbenchError
 
-# %% ../nbs/02_files.ipynb #cb047a44
-PARTIAL = ".partial"  # the mark of a name that is not final yet
-
+# %% ../nbs/02_files.ipynb #5ddf09e0
 def private_folder(path: str | Path) -> Path:  # the folder
     "Make a folder, and what is missing above it, that no other user can look into; what is there stays as it is."
     for folder in [*reversed(Path(path).parents), Path(path)]:
         if not folder.is_dir(): folder.mkdir(mode=0o700, exist_ok=True)
     return Path(path)
+
+# %% ../nbs/02_files.ipynb #cb047a44
+PARTIAL = ".partial"  # the mark of a name that is not final yet
 
 def fsync(path: Path) -> None:
     "Flush a file or a folder's entries to the disk."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'GZIP', 'PARQUET', 'formats', 'ENDINGS', 'parse_columns', 'listed', 'check_columns', 'read_delimited',
-           'ends_in_a_line', 'as_text', 'read_parquet', 'open_text', 'read_fields', 'read_pairs', 'read_sequences',
+           'lacks_line_break', 'as_text', 'read_parquet', 'open_text', 'read_fields', 'read_pairs', 'read_sequences',
            'detect_format', 'read_as', 'read_raw']
 
 # %% ../../nbs/data/03_formats.ipynb #f7267278
@@ -79,7 +79,7 @@ def read_delimited(
 # %% ../../nbs/data/03_formats.ipynb #d2a7cc8e
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # how files begin that are not plain text
 
-def ends_in_a_line(path: Path) -> bool:
+def lacks_line_break(path: Path) -> bool:
     "Tell whether a plain text file lacks its last line break; never of a compressed one or of Parquet."
     with open(path, "rb") as file:
         if file.read(4).startswith((GZIP, PARQUET)): return False

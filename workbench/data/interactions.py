@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from .catalogue import Catalogue
-from .formats import ends_in_a_line, read_raw
+from .formats import lacks_line_break, read_raw
 from .histories import Histories, core, pack
 from ..errors import DataError, UsageError
 from ..files import write_atomic
@@ -253,7 +253,7 @@ def settle(
     "Judge rows, set the bad ones aside, remove duplicates, and hold what is left to the schema."
     judged, timed = judge(raw), "timestamp" in raw.columns
     last = judged["reason"][-1] if judged.height else None
-    if last and ends_in_a_line(source):
+    if last and lacks_line_break(source):
         raise DataError(f"{source} was cut off: it ends without a line break in a row of which {last}; restore it, or "
                         "end it with a line break")
     limit = settings().data.quarantine if limit is None else limit

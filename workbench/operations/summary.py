@@ -282,7 +282,7 @@ def path_table(
     run, steps = Path(record["folder"]), {step["name"]: step for step in record["steps"]}
     found = {what: Path(steps[step]["folder"])/facts[step][name]
              for what, (step, name) in PLACES.items() if fact(facts, step, name)}
-    if (run/"report.html").exists(): found["report"] = run/"report.html"    # see pipeline.runs
+    if (own := run/f"{REPORT}.html").exists(): found["report"] = own     # see `report_path` in pipeline.runs
     found |= {f"notebook of {step['name']}": Path(step.get("notebook") or "/nowhere") for step in broken_steps(record)}
     found |= {"executed notebooks": run.parent.parent/"steps", "record of the run": run/"run.json",
               "tracking store": run.parent.parent/"mlflow.db"}

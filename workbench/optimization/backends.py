@@ -166,13 +166,14 @@ def open_session(path: Path, threads: int):
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-# %% ../../nbs/optimization/03_backends.ipynb #ad3db407
+# %% ../../nbs/optimization/03_backends.ipynb #dc37d83f
 def import_openvino():
-    "Import OpenVINO without its telemetry, unless OPENVINO_TELEMETRY is set to 1."
+    "Import OpenVINO without its telemetry, unless OPENVINO_TELEMETRY is set to 1; raises ImportError without it."
     if os.environ.get("OPENVINO_TELEMETRY", "0") != "1": sys.modules.setdefault("openvino_telemetry", None)
     import openvino
     return openvino
 
+# %% ../../nbs/optimization/03_backends.ipynb #ad3db407
 class OpenVINO(Backend):
     "OpenVINO on the CPU, in float32."
     name, needs = "openvino", ("openvino", "onnx", "onnxscript")

@@ -23,7 +23,7 @@ from ..settings import Settings, settings
 # %% ../../nbs/pipeline/09_runs.ipynb #a6f597e0
 def report_path(run: PipelineRun) -> Path:
     "Return where the page of a run is whose report step did not write one."
-    return run.folder/"report.html"
+    return run.folder/f"{REPORT}.html"
 
 def leave_report(run: PipelineRun) -> Path:
     "Write the page of a run whose report step did not write one."

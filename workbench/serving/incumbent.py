@@ -6,6 +6,7 @@
 __all__ = ['translation', 'asked', 'rank_bundle', 'evaluate_bundle', 'evaluate_again']
 
 # %% ../../nbs/serving/06_incumbent.ipynb #28a256a9
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,4 +69,4 @@ def evaluate_again(
     "Evaluate the champion on the cases of a challenger when it was measured on others."
     if holder is None or holder.tags.get("data_fingerprint") == histories.fingerprint: return None
     try: return evaluate_bundle(Bundle.load(holder.folder), histories, f"version {holder.number}").save(folder)
-    except WorkbenchError as error: print(f"version {holder.number} cannot be asked again: {error}")
+    except WorkbenchError as error: print(f"version {holder.number} cannot be asked again: {error}", file=sys.stderr)
