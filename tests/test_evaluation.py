@@ -290,7 +290,7 @@ def names(log: Histories, indices) -> set[str]:
 def test_no_target_is_ever_trained_on_however_dirty_the_times_are(tmp_path, split):
     log = read_interactions(dirty_log(tmp_path), home=tmp_path, limit=0.5).histories(split=SPLITS[split])
     batches = WindowBatches(log.train, length=3, batch_size=4)
-    trained = names(log, np.concatenate([part.numpy().ravel() for batch in batches for part in batch]))
+    trained = names(log, np.concatenate([part.numpy().ravel() for batch in batches for part in batch[:2]]))
     first, last = {"leave_last_out": (EACH - 2, EACH - 1), "by time": (4, 6)}[split]
     assert names(log, log.validation.targets) == {f"u{u} at {first}" for u in range(USERS)}
     assert names(log, log.test.targets) == {f"u{u} at {last}" for u in range(USERS)}

@@ -2,11 +2,14 @@
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from workbench.data.histories import pack
 from workbench.errors import RecipeError, TrainingError
+from workbench.training import checkpoints
 from workbench.training import fit as fitting
-from workbench.training.fit import Callback, fit, load_checkpoint
+from workbench.training.checkpoints import load_checkpoint, newest_state, save_state
+from workbench.training.fit import fit
 from workbench.training.recipes import Recipe, sasrec
 
 QUICK = {"length": 20, "epochs": 6, "check_every": 2, "warmup": 5, "learning_rate": 5e-3, "batch_size": 32}
@@ -31,7 +34,7 @@ def walks():
                 np.arange(200).astype(str), np.arange(60).astype(str), exclude_seen=False)
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "sampled_softmax"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "sampled_softmax", "gbce"])
 def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(walks, loss):
     def weights(seed):
         model = fit(sasrec("tiny", seed=seed, loss=loss, **QUICK), walks, progress=False).model
@@ -42,7 +45,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(walks, l
     assert not torch.equal(first, weights(1))
 
 
-@pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"clip": 1.0}, {"steps": 1}, {"schedule": "constant"}])
+@pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"clip": 1.0}, {"steps": 1}, {"schedule": "constant"},
+                                    {"packing": "on"}, {"loss": "gbce", "negatives": 20, "negatives_for": "position", "epochs": 60, "patience": 60},
+                                    {"loss": "sampled_softmax", "negatives": 20, "negatives_for": "position"}])
 def test_each_way_of_training_learns(walks, change):
     run = fit(sasrec("tiny", **QUICK | {"dropout": 0.0, "epochs": 12} | change), walks, progress=False)
     assert run.metrics["ndcg@10"] > 0.5      # chance is about 0.08
@@ -59,12 +64,26 @@ class Poison(Callback):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_weights(walks, tmp_path, monkeypatch):
     make = fitting.make_trainer
-    monkeypatch.setattr(fitting, "make_trainer", lambda recipe, logger, calls: make(recipe, logger, [*calls, Poison()]))
+    monkeypatch.setattr(fitting, "make_trainer",
+                        lambda recipe, logger, calls, **more: make(recipe, logger, [Poison(), *calls], **more))
     with pytest.raises(TrainingError, match=r"the loss of optimiser step \d+ is nan"):
-        fit(sasrec("tiny", **QUICK), walks, folder=tmp_path, progress=False)
-    kept = load_checkpoint(tmp_path/"best.ckpt")
-    assert kept["epoch"] == 2 and all(torch.isfinite(tensor).all() for tensor in kept["weights"].values())
-    assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
+        fit(sasrec("tiny", **QUICK), walks, folder=tmp_path, progress=False, every=0)
+    kept, (state, facts) = load_checkpoint(tmp_path/"best.ckpt"), newest_state(tmp_path/"checkpoints")
+    assert kept["epoch"] == 2
+    for weights in (kept["weights"], state["weights"]):
+        assert all(torch.isfinite(each).all() for each in weights.values())
+    assert facts["step"] % 3 == 0 and facts["step"] > 0
+    monkeypatch.setattr(fitting, "make_trainer", make)
+    assert fit(sasrec("tiny", **QUICK), walks, folder=tmp_path, progress=False).metrics["epochs"] == 6
+
+
+def test_weights_that_are_not_finite_would_be_saved_without_the_check(tmp_path, monkeypatch):
+    state = {"weights": {"w": torch.tensor([torch.nan])}, "step": 8}
+    with pytest.raises(TrainingError, match="not finite"):
+        save_state(tmp_path, state, {})
+    monkeypatch.setattr(checkpoints, "all_finite", lambda weights: True)
+    save_state(tmp_path, state, {})
+    assert newest_state(tmp_path)[0]["weights"]["w"].isnan().all()
 
 
 def test_a_run_stops_when_validation_no_longer_improves(walks):

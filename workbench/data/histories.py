@@ -101,6 +101,8 @@ class Packed:
     def n_items(self) -> int: return len(self.item_ids)
     @property
     def n_interactions(self) -> int: return len(self.items)
+    @property
+    def timed(self) -> bool: return int(self.timestamps[0]) >= 631_152_000   # 1990 in unix seconds; an order is below
 
 # %% ../../nbs/data/01_histories.ipynb #84948cbf
 class Indexed(Packed):

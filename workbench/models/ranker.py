@@ -64,8 +64,8 @@ class Encoder(Ranker):
         "Turn each history into the vector of its last position."
         raise NotImplementedError
 
-    def item_vectors(self) -> Tensor:  # float32[n_items + 1, d]; row 0 is the padding's
-        "Return the vectors that items are scored with."
+    def item_vectors(self, indices: Tensor | None = None) -> Tensor:  # float32[n_items + 1, d], row 0 is the padding's
+        "Return the vectors that items are scored with; of `indices` int64[...], float32[..., d]."
         raise NotImplementedError
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:

@@ -121,7 +121,8 @@ class SASRec(Encoder):
         for block in self.blocks[:-1]: x = block(x)
         return self.norm(self.blocks[-1].last(x, lengths - 1))[:, 0]
 
-    def item_vectors(self) -> Tensor: return self.items.weight
+    def item_vectors(self, indices: Tensor | None = None) -> Tensor:
+        return self.items.weight if indices is None else self.items(indices)
 
     def config(self) -> dict[str, Any]: return {"n_items": self.n_items, "length": self.length, **self.settings}
 

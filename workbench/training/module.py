@@ -12,6 +12,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import Windows
 from ..errors import TrainingError
 from ..models.ranker import Encoder
 from .losses import at_targets
@@ -30,42 +31,44 @@ def learning_rate(
 
 # %% ../../nbs/training/02_module.ipynb #3b870c40
 class SequenceModule(lightning.LightningModule):
-    "Trains an encoder on windows of histories, `steps` optimiser steps a call."
+    "Trains an encoder on windows of histories, several optimiser steps a call."
     def __init__(self, model: Encoder, loss: nn.Module, recipe: Recipe, total: int):
         super().__init__()
         self.automatic_optimization = False
-        self.model, self.loss, self.recipe, self.total, self.done = model, loss, recipe, total, 0
+        self.model, self.loss, self.recipe, self.total = model, loss, recipe, total
+        self.done, self.stopping = 0, False
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.model.parameters(), lr=self.recipe.learning_rate, betas=(0.9, 0.98),
                                  weight_decay=self.recipe.weight_decay, fused=True)
 
-    def window_loss(self, items: Tensor, targets: Tensor) -> Tensor:  # int64[B, L] both
-        "Compute the loss of one batch of windows."
+    def window_loss(self, batch: Windows) -> Tensor:  # of tensors [B, L]
+        "Compute the loss of one optimiser step."
+        known = {name: value for name in ("segments", "times") if (value := getattr(batch, name)) is not None}
         low = self.recipe.precision == "bfloat16"
-        with torch.autocast(items.device.type, torch.bfloat16, enabled=low):
-            vectors, wanted = at_targets(self.model.hidden(items), targets)
-            return self.loss(vectors, self.model.item_vectors(), wanted)
+        with torch.autocast(batch.items.device.type, torch.bfloat16, enabled=low):
+            vectors, wanted = at_targets(self.model.hidden(batch.items, **known), batch.targets)
+            return self.loss(vectors, self.model.item_vectors, wanted)
 
-    def one_step(self, optimizer: torch.optim.Optimizer, items: Tensor, targets: Tensor) -> Tensor:
+    def one_step(self, optimizer: torch.optim.Optimizer, batch: Windows) -> Tensor:  # of tensors [B, L]
         "Take one optimiser step and return its loss, detached."
         optimizer.param_groups[0]["lr"] = learning_rate(self.recipe, self.done, self.total)
         optimizer.zero_grad()
-        loss = self.window_loss(items, targets)
+        loss = self.window_loss(batch)
         self.manual_backward(loss)
         if self.recipe.clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         optimizer.step()
         self.done += 1
         return loss.detach()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        items, targets = batch
-        first, optimizer = self.done, self.optimizers(use_pl_optimizer=False)
-        longest = (items > 0).sum(2).amax(1).tolist()            # 0: the last call of an epoch may be partly empty
-        found = torch.stack([self.one_step(optimizer, items[step, :, :end], targets[step, :, :end])
-                             for step, end in enumerate(longest) if end])
-        check_finite(found, first)
-        return found.mean()
+    def training_step(self, batch: Windows, index: int) -> dict[str, Tensor]:  # the mean loss, and that of each step
+        first, optimizer, found = self.done, self.optimizers(use_pl_optimizer=False), []
+        columns = (batch.items > 0).any(1).sum(1).tolist()         # 0: the last call of an epoch may be partly empty
+        for number, end in enumerate(columns):
+            if end and not self.stopping: found.append(self.one_step(optimizer, batch.step(number, end)))
+        losses = torch.stack(found) if found else batch.items.new_zeros(0, dtype=torch.float32)
+        check_finite(losses, first)
+        return {"loss": losses.mean(), "losses": losses}
 
 # %% ../../nbs/training/02_module.ipynb #4f6692da
 def check_finite(
