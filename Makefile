@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .peers/.ready
 BENCH ?= prepare quality inference
 
 # Copies of data sets that are looked into before any download (optional).
@@ -11,7 +12,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lab serve docs bench gpu hooks clean export
+.PHONY: help install run test lab serve docs bench peers gpu hooks clean export
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,13 @@ bench: $(READY) ## run the benchmark notebooks and write their dated pages (long
 	  cat -s docs/benchmarks/$$(date +%F)-$$name.md > .workbench/benchmarks/page; \
 	  mv .workbench/benchmarks/page docs/benchmarks/$$(date +%F)-$$name.md; done
 
+$(PEERS): pipelines/benchmarks/peers/requirements.txt
+	test -x .peers/bin/python || $(PYTHON) -m venv .peers
+	.peers/bin/pip install --quiet --requirement $<
+	touch $@
+
+peers: $(PEERS) ## make .peers, the environment of the libraries that training is measured against
+
 gpu: ## run what needs an NVIDIA GPU, on a box that has torch, lightning, numpy, onnx and onnxruntime
 	$(PYTHON) -m pytest tests/test_training.py -m gpu -p no:cacheprovider
 
@@ -65,4 +73,4 @@ hooks: $(READY) ## install the git hooks (clean, export check, ruff) and the not
 	$(BIN)/pre-commit install
 
 clean: ## remove what the bench wrote (runs, data sets, the tracking store) and the environment
-	rm -rf .workbench .venv site
+	rm -rf .workbench .venv .peers site
