@@ -184,7 +184,7 @@ def test_a_resumed_epoch_repeats_and_skips_nothing(tmp_path, home):
     iterator = iter(first)
     begun = [tuple(part.numpy().tobytes() for part in next(iterator)[:2]) for _ in range(3)]
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    rest = [tuple(part.numpy().tobytes() for part in batch) for batch in second]
+    rest = [tuple(part.numpy().tobytes() for part in batch[:2]) for batch in second]
     assert begun + rest == whole and len(whole) == len(first)
 
 

@@ -7,7 +7,7 @@ __all__ = ['CONTEXT', 'END', 'STEP', 'FINISHED', 'steps_folder', 'runs_folder', 
            'newest_output', 'plain_fact', 'Step', 'newest_run', 'by_hand']
 
 # %% ../../nbs/pipeline/01_steps.ipynb #1c7b65fd
-import math, os
+import math, os, shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +84,7 @@ class Step:
     inputs: Mapping[str, str] | None = None                        # step → folder; None when opened by hand
     run_id: str = ""                                               # of the pipeline run; empty when opened by hand
     parameters: Mapping[str, Any] = field(default_factory=dict)    # what the runner was given
+    unfinished: Path = Path()                                      # outlives an attempt, goes when the step is done
 
     @classmethod
     def begin(cls, name: str) -> "Step":
@@ -93,7 +94,7 @@ class Step:
         if context["step"] != name:
             raise PipelineError(f"this notebook runs as step {context['step']} and begins {name}: use one name")
         return cls(name, Path(context["folder"]), Path(context["home"]), context["inputs"], context["run_id"],
-                   context["parameters"])
+                   context["parameters"], Path(context["unfinished"]))
 
     def input(self, name: str) -> Path:
         "Return the folder that a step before this one left."
@@ -117,6 +118,7 @@ class Step:
         facts = {name: plain_fact(value, self.folder, name) for name, value in facts.items()}
         outputs = checksums(self.folder)
         write_json(self.folder/END, {"step": self.name, "facts": facts, "outputs": outputs})
+        if not self.run_id: shutil.rmtree(self.unfinished, ignore_errors=True)     # in a run, the runner looks first
         return Table([{"file": name, "size": (self.folder/name).stat().st_size/1e6} for name in outputs],
                      title=f"What {self.name} left", units={"size": "MB"})
 
@@ -133,4 +135,4 @@ def by_hand(name: str, home: Path | None = None) -> Step:  # home: None for the 
     folder = home/"by-hand"/name
     private_folder(folder)
     (folder/END).unlink(missing_ok=True)
-    return Step(name, folder, home)
+    return Step(name, folder, home, unfinished=home/"unfinished"/name/"by-hand")
