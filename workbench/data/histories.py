@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARRAYS', 'REPEATS', 'FACTS', 'gather', 'Split', 'Packed', 'Indexed', 'Histories', 'leave_last_out', 'cut_by_time',
-           'core', 'repeated', 'pack', 'describe', 'size_table', 'plot_histories', 'fingerprint', 'save_histories',
-           'load_histories']
+           'core', 'stands_in', 'repeated', 'pack', 'describe', 'size_table', 'plot_histories', 'fingerprint',
+           'save_histories', 'load_histories']
 
 # %% ../../nbs/data/01_histories.ipynb #87781d70
 import hashlib
@@ -180,8 +180,8 @@ def cut_by_time(
 
 # %% ../../nbs/data/01_histories.ipynb #aa74727e
 def core(
-    users: np.ndarray,       # int64 [n], number of each interaction's user
-    items: np.ndarray,       # int64 [n], number of each interaction's item
+    users: np.ndarray,       # int [n], number of each interaction's user
+    items: np.ndarray,       # int [n], number of each interaction's item
     min_count: int = 1,      # interactions an item needs
     min_history: int = 1,    # interactions a user needs
 ) -> np.ndarray:             # bool [n], what stays
@@ -199,16 +199,23 @@ def core(
 # %% ../../nbs/data/01_histories.ipynb #9eed2fd0
 REPEATS = 0.01  # share of repeated validation targets from which a log counts as one that repeats
 
+def stands_in(split: Split) -> np.ndarray:  # bool [m]
+    "Tell for each of a few cases whether its target stands in its history."
+    lengths = split.ends - split.starts
+    case = np.repeat(np.arange(len(split)), lengths)                      # of each item of all these histories
+    shift = split.starts - (np.cumsum(lengths) - lengths)
+    hit = split.items[np.arange(len(case)) + shift[case]] == split.targets[case]
+    return np.bincount(case[hit], minlength=len(split)) > 0
+
 def repeated(split: Split, chunk: int = 4096) -> np.ndarray:  # bool [m]
     "Tell for each case whether its target stands in its history."
-    if not len(split): return np.zeros(0, dtype=bool)
     rows = [np.arange(i, min(i + chunk, len(split))) for i in range(0, len(split), chunk)]
-    return np.concatenate([(split.seen(r) == split.targets[r, None]).any(axis=1) for r in rows])
+    return np.concatenate([np.zeros(0, dtype=bool), *(stands_in(split.select(r)) for r in rows)])
 
 def pack(
     name: str,                                  # of the data set
-    users: np.ndarray,                          # int64 [n], row of each interaction's user in `user_ids`
-    items: np.ndarray,                          # int64 [n], row of each interaction's item in `item_ids`
+    users: np.ndarray,                          # int [n], row of each interaction's user in `user_ids`
+    items: np.ndarray,                          # int [n], row of each interaction's item in `item_ids`
     timestamps: np.ndarray,                     # int64 [n]
     user_ids: np.ndarray,                       # str [n_users]
     item_ids: np.ndarray,                       # str [n_items]
@@ -218,7 +225,8 @@ def pack(
     "Pack interactions into histories; raises DataError when nobody can be evaluated."
     order = np.lexsort((timestamps, users))
     offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(user_ids)))]).astype(np.int64)
-    packed, times = (items[order] + 1).astype(np.int32), timestamps[order].astype(np.int64)
+    packed, times = items[order].astype(np.int32, copy=False) + 1, timestamps[order].astype(np.int64, copy=False)
+    del order
     ends = leave_last_out(offsets) if split == "leave_last_out" else cut_by_time(offsets, times, split)
     rule = split if isinstance(split, str) else f"by_time {split[0]} {split[1]}"
     whole = Histories(name, packed, offsets, times, user_ids, item_ids, *ends, bool(exclude_seen), 0.0, rule)
@@ -261,7 +269,7 @@ def plot_histories(histories: Histories) -> "Figure":
 def fingerprint(histories: Histories) -> str:  # 16 hexadecimal digits
     "Return a short name for the content: arrays, vocabularies and split."
     digest = hashlib.sha256()
-    for name in ARRAYS: digest.update(np.ascontiguousarray(getattr(histories, name)).tobytes())
+    for name in ARRAYS: digest.update(np.ascontiguousarray(getattr(histories, name)).view(np.uint8))
     digest.update(f"{histories.exclude_seen} {histories.rule}".encode())
     return digest.hexdigest()[:16]
 

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 
 from .catalogue import Catalogue
-from .formats import lacks_line_break, read_raw
+from .formats import IDS, collect, lacks_line_break, read_raw
 from .histories import Histories, core, pack
 from ..errors import DataError, UsageError
 from ..files import write_atomic
@@ -43,10 +43,11 @@ def from_dates(
     texts: pl.Series,  # ISO dates, with or without time and zone
 ) -> pl.Series:        # float64 unix seconds, null where it is no date
     "Read ISO dates as unix seconds."
-    plain = texts.str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"Z$", "+00:00")
+    plain = pl.col("text").str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"Z$", "+00:00")
     moments = [plain.str.to_datetime(f, strict=False, time_zone="UTC", time_unit="us") for f in DATES]
     moments.append(plain.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us", "UTC")))
-    return pl.select(pl.coalesce(*moments)).to_series().dt.timestamp("us") / 1e6
+    dates = pl.LazyFrame({"text": texts}).select(pl.coalesce(*moments).dt.timestamp("us") / 1e6)
+    return dates.collect(engine="streaming").to_series()
 
 def seconds(
     texts: pl.Series,  # times as written
@@ -64,7 +65,7 @@ EARLIEST, SLACK = 631_152_000, 86_400        # 1990-01-01 in unix seconds; how f
 
 def id_reasons(name: str) -> list[tuple[pl.Expr, str]]:
     "Return what may be wrong with an id, with the reason."
-    column = pl.col(name)
+    column = pl.col(name).cast(pl.String)
     absent = column.is_null() | column.str.strip_chars().str.to_lowercase().is_in(MISSING)
     return [(absent, f"{name} is missing"),
             (column.str.len_chars() > MAX_ID, f"{name} is longer than {MAX_ID} characters")]
@@ -87,9 +88,9 @@ def judge(
     if "timestamp" in raw.columns:
         raw = raw.with_columns(seconds(raw["timestamp"]).alias("seconds"))
         checks += time_reasons(time.time() if now is None else now)
-    reason = pl.when(checks[0][0]).then(pl.lit(checks[0][1]))
-    for bad, why in checks[1:]: reason = reason.when(bad).then(pl.lit(why))
-    return raw.with_columns(reason.otherwise(None).alias("reason"))
+    reasons = pl.Enum([why for _, why in checks])
+    found = [pl.when(bad).then(pl.lit(why, dtype=reasons)) for bad, why in checks]
+    return raw.lazy().with_columns(pl.coalesce(found).alias("reason")).collect(engine="streaming")
 
 # %% ../../nbs/data/04_interactions.ipynb #a02c6484
 def quarantine_path(path: Path, home: Path | None = None) -> Path:
@@ -121,9 +122,10 @@ def quarantine(
 def schema():
     "Return the pandera schema of the events."
     import pandera.polars as pa
-    text = {"dtype": pl.String, "checks": pa.Check.str_length(1, MAX_ID), "nullable": False}
-    return pa.DataFrameSchema({"user_id": pa.Column(**text), "item_id": pa.Column(**text),
-                               "timestamp": pa.Column(pl.Int64, pa.Check.ge(0), nullable=False)}, strict=True)
+    lengths = pa.Check(lambda data: data.lazyframe.select(pl.col(data.key).cat.len_chars().is_between(1, MAX_ID)),
+                       name=f"text of 1 to {MAX_ID} characters")
+    ids = {name: pa.Column(pl.Categorical, lengths) for name in IDS}
+    return pa.DataFrameSchema({**ids, "timestamp": pa.Column(pl.Int64, pa.Check.ge(0))}, strict=True)
 
 def check_events(
     events: pl.DataFrame,   # user_id, item_id, timestamp
@@ -148,7 +150,7 @@ NOTHING = Table([])  # the report of a log of which nothing was dropped
 class Interactions:
     "A log that has been checked: who did what when, what the items are called, and what was dropped."
     name: str                           # of the data set, or of the file without its ending
-    events: pl.DataFrame                # user_id, item_id: String; timestamp: Int64, unix seconds, or only an order
+    events: pl.DataFrame                # user_id, item_id: Categorical; timestamp: Int64, unix seconds or an order
     catalogue: Catalogue                # titles and tags of the items
     has_time: bool = True               # False where the log has only an order
     report: Table = NOTHING             # what was dropped and why
@@ -204,11 +206,14 @@ def read_split(text: str) -> str | tuple[int, int]:  # a rule, or the unix secon
     return int(moments[0]), int(moments[1])
 
 # %% ../../nbs/data/04_interactions.ipynb #1fe0ca0a
-def number(ids: pl.Series) -> tuple[np.ndarray, np.ndarray]:  # int64 [n], row of each id; str [m], sorted ids
+def number(ids: pl.Series) -> tuple[np.ndarray, np.ndarray]:  # int32 [n], row of each id; str [m], sorted ids
     "Number ids by their place in the sorted vocabulary."
-    vocabulary = ids.unique().sort()
-    rows = ids.cast(pl.Enum(vocabulary)).to_physical().to_numpy().astype(np.int64)
-    return rows, np.array(vocabulary.to_list(), dtype=np.str_)
+    ids = ids.cast(pl.Categorical)
+    vocabulary = pl.DataFrame({"id": ids.unique()}).sort(pl.col("id").cast(pl.String))["id"]
+    codes = vocabulary.to_physical().to_numpy()
+    places = np.zeros(codes.max() + 1, dtype=np.int32)
+    places[codes] = np.arange(len(codes), dtype=np.int32)
+    return places[ids.to_physical().to_numpy()], np.array(vocabulary.to_list(), dtype=np.str_)
 
 def keep_core(
     log: Interactions,              # a checked log
@@ -259,9 +264,10 @@ def settle(
     limit = settings().data.quarantine if limit is None else limit
     rows = quarantine(judged, source, limit, quarantine_path(source, home))
     when = pl.col("seconds").floor() if timed else pl.int_range(pl.len())
-    good = judged.filter(pl.col("reason").is_null())
-    events = good.select("user_id", "item_id", when.cast(pl.Int64).alias("timestamp"))
-    distinct = events.unique(maintain_order=True) if timed else events
+    good = judged.lazy().filter(pl.col("reason").is_null())
+    events = collect(good.select(*IDS, when.cast(pl.Int64).alias("timestamp")))
+    del judged, good
+    distinct = events.lazy().unique(keep="first", maintain_order=True).collect(engine="streaming") if timed else events
     if distinct.height < events.height: rows = [*rows, {"reason": "duplicate", "rows": events.height - distinct.height}]
     rows = [{**row, "share": row["rows"] / raw.height} for row in rows]
     return check_events(distinct, str(source)), Table(rows, f"Dropped of {raw.height:,} rows of {name}")

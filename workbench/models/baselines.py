@@ -32,9 +32,12 @@ def packed(split: "Split") -> tuple[np.ndarray, np.ndarray]:  # items int32[n] a
     places = np.arange(len(owners)) - first[owners] + np.asarray(split.starts)[owners]
     return np.asarray(split.items)[places], owners
 
-def item_counts(split: "Split") -> np.ndarray:  # float64[n_items + 1]
-    "Count how often each item was played."
-    return np.bincount(packed(split)[0], minlength=split.n_items + 1).astype(float)
+def item_counts(split: "Split", chunk: int = 16_384) -> np.ndarray:  # float64[n_items + 1]
+    "Count how often each item was played, some histories at a time."
+    counts = np.zeros(split.n_items + 1)
+    for begin in range(0, len(split), chunk):
+        counts += np.bincount(packed(split.select(np.s_[begin:begin + chunk]))[0], minlength=len(counts))
+    return counts
 
 # %% ../../nbs/models/01_baselines.ipynb #047f2366
 class Popularity(Ranker):
