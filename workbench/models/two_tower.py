@@ -6,12 +6,14 @@
 __all__ = ['ItemTower', 'decayed', 'Towers', 'TwoTower']
 
 # %% ../../nbs/models/05_two_tower.ipynb #5fed44db
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .blocks import Dropout, visible
-from .items import ItemEncoder, ItemVectors
+from .items import ItemEncoder, ItemVectors, initialise
 from .ranker import models
 
 # %% ../../nbs/models/05_two_tower.ipynb #e5a009ac
@@ -66,8 +68,9 @@ class Towers(ItemEncoder):
         self.items = ItemTower(n_items, width, features, id_dropout)
         self.decay = nn.Parameter(torch.linspace(-1, 4, heads + 2)[1:-1])
         widths = [heads*width, *[2*width]*blocks]
-        layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.GELU())]
+        layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.GELU())]
         self.tower = nn.Sequential(Dropout(dropout), *layers, nn.Linear(widths[-1], width))
+        self.apply(initialise)
 
     def weigh(self, back: Tensor, seen: Tensor) -> Tensor:  # int64[..., Q, L] and bool → float32[..., heads, Q, L]
         "Return the weight of a position so many steps back, zero where it is not seen; they sum to one."
