@@ -64,8 +64,11 @@ class Encoder(Ranker):
         "Turn each history into the vector of its last position."
         raise NotImplementedError
 
-    def item_vectors(self, indices: Tensor | None = None) -> Tensor:  # float32[n_items + 1, d], row 0 is the padding's
-        "Return the vectors that items are scored with; of `indices` int64[...], float32[..., d]."
+    def item_vectors(
+        self,
+        indices: Tensor | None = None,  # int64[...], items; None for all in order
+    ) -> Tensor:                        # float32[..., d], or [n_items + 1, d]; row 0 is the padding's
+        "Return the vectors that items are scored with."
         raise NotImplementedError
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
@@ -126,6 +129,7 @@ def known_models() -> Registry[type[Ranker]]:
     "Return the registry of models, after importing the modules that add to it."
     import workbench.models.baselines
     import workbench.models.sequential
+    import workbench.models.two_tower
     return models
 
 def load_model(folder: str | Path) -> Ranker:  # in evaluation mode, on the CPU
