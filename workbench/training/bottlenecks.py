@@ -4,24 +4,24 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'Rule', 'RULES', 'Advice', 'Profile', 'percent', 'with_gradients', 'about_padding', 'about_loss',
-           'about_optimiser', 'dispatch_share', 'about_dispatch', 'about_loop', 'about_memory', 'about_data',
-           'about_transfer', 'about_precision', 'distance', 'headlines', 'part_table', 'operator_table', 'as_html',
-           'as_rich', 'describe', 'plot_shares', 'plot_profile']
+           'about_optimiser', 'dispatch_share', 'about_dispatch', 'about_loop', 'about_processor', 'about_memory',
+           'about_data', 'about_transfer', 'about_precision', 'distance', 'headlines', 'part_table', 'operator_table',
+           'as_html', 'as_rich', 'describe', 'plot_shares', 'plot_profile']
 
-# %% ../../nbs/training/06_bottlenecks.ipynb #a480efd3
+# %% ../../nbs/training/06_bottlenecks.ipynb #15aa1f21
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ..tables import Table
+from ..tables import Table, format_value
 from .recipes import Recipe
 from .roofline import Roofline, plot_roofline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/training/06_bottlenecks.ipynb #9c30cbdd
+# %% ../../nbs/training/06_bottlenecks.ipynb #5dc4ff1e
 PARTS: dict[str, str] = {
     "reading": "the order of an epoch's windows, and which come next",
     "batching": "windows gathered from the log into tensors",
@@ -33,7 +33,7 @@ PARTS: dict[str, str] = {
     "loop": "the rest of what the training module, Lightning, callbacks and logging take",
 }
 
-# %% ../../nbs/training/06_bottlenecks.ipynb #792a7874
+# %% ../../nbs/training/06_bottlenecks.ipynb #80a23169
 @dataclass(frozen=True)
 class Advice:
     "Something to change, and the figure that says so."
@@ -76,7 +76,7 @@ class Profile:
     def __rich__(self): return as_rich(self)
     def __repr__(self) -> str: return f"Profile({self.recipe.name}, {1e3*self.total('seconds'):.4g} ms a step)"
 
-# %% ../../nbs/training/06_bottlenecks.ipynb #9f6e8f94
+# %% ../../nbs/training/06_bottlenecks.ipynb #fea83525
 def percent(share: float) -> str:
     "Write a share for people."
     return f"{100*share:.0f}%"
@@ -111,7 +111,7 @@ def about_optimiser(profile: Profile) -> Advice | None:
                   f"(the table has {facts['items']:,} items) for {facts['targets']:,} targets: a larger batch_size "
                   f"({profile.recipe.batch_size:,}) spreads that, or updates of the rows in use alone")
 
-# %% ../../nbs/training/06_bottlenecks.ipynb #8a1e958e
+# %% ../../nbs/training/06_bottlenecks.ipynb #51911fec
 def dispatch_share(profile: Profile) -> float:
     "Return which share of a step goes into starting operators instead of computing."
     facts = profile.facts
@@ -135,6 +135,15 @@ def about_loop(profile: Profile) -> Advice | None:
                   f"the loop around the steps is {percent(share)} with {steps} step{'s' if steps > 1 else ''} in a "
                   f"call: steps={max(16, 2*steps)} spreads it")
 
+def about_processor(profile: Profile) -> Advice | None:
+    "Say when the threads could not compute, since others did or since they waited for each other."
+    facts, threads = profile.facts, profile.roofline.threads
+    had = (facts["user"] + facts["system"])/(facts["undisturbed"]*threads)
+    if had >= 0.6 or facts["busy"]: return None
+    what = f"try fewer threads than {threads} ([training] threads)" if threads > 1 else "measure again when it is quiet"
+    return Advice("processor", 1 - had, f"a step had {percent(had)} of the processor time that its threads could have: "
+                  f"others use this machine, or threads wait for each other; {what}")
+
 def about_memory(profile: Profile) -> Advice | None:
     "Say when the operating system is busy handing out memory that was returned a moment ago."
     system, user, pages = (profile.facts[name] for name in ("system", "user", "pages"))
@@ -144,7 +153,7 @@ def about_memory(profile: Profile) -> Advice | None:
                   f"{pages:,.0f} fresh pages a step for tensors that are freed and made again: start Python with "
                   "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 (glibc), which keeps them")
 
-# %% ../../nbs/training/06_bottlenecks.ipynb #00365f31
+# %% ../../nbs/training/06_bottlenecks.ipynb #56465445
 def about_data(profile: Profile) -> Advice | None:
     "Say when the windows are waited for."
     share = profile.share("reading", "batching")
@@ -169,38 +178,40 @@ def about_precision(profile: Profile) -> Advice | None:
                   f"{other} multiplies {ratio:.1f} times as fast here: precision=\"{other}\"")
 
 Rule = Callable[[Profile], Advice | None]
-RULES: tuple[Rule, ...] = (about_padding, about_loss, about_optimiser, about_dispatch, about_loop, about_memory,
-                           about_data, about_transfer, about_precision)
+RULES: tuple[Rule, ...] = (about_padding, about_loss, about_optimiser, about_dispatch, about_loop, about_processor,
+                           about_memory, about_data, about_transfer, about_precision)
 
-# %% ../../nbs/training/06_bottlenecks.ipynb #d7edaf0b
+# %% ../../nbs/training/06_bottlenecks.ipynb #0a10d03a
 def distance(profile: Profile) -> Advice:
     "Say how far a step is from what the machine allows, and where."
     least, seconds = profile.total("least"), profile.total("seconds")
-    what = (f"the step takes {1e3*seconds:.3g} ms where its operators' roofs allow {1e3*least:.3g} ms "
+    def shown(time: float) -> str: return f"{format_value(1e3*time)} ms"
+    what = (f"the step takes {shown(seconds)} where its operators' roofs allow {shown(least)} "
             f"({percent(profile.reached)})")
     if profile.reached >= 0.6:
         return Advice("roof", 0.0, f"{what}: less work is what is left: a smaller width, fewer blocks, a shorter "
                       "length")
     row = max(profile.parts, key=lambda row: row["seconds"] - row["least"])
     first = profile.operators[0]
-    return Advice("roof", 0.0, f"{what}: most of the difference is in {row['part']} ({1e3*row['seconds']:.3g} ms, "
-                  f"least {1e3*row['least']:.3g}), and the longest operator is {first['operator']} "
-                  f"({1e3*first['seconds']:.3g} ms in {first['calls']} calls)")
+    return Advice("roof", 0.0, f"{what}: most of the difference is in {row['part']} ({shown(row['seconds'])}, "
+                  f"least {shown(row['least'])}), and the longest operator is {first['operator']} "
+                  f"({shown(first['seconds'])} in {first['calls']} calls)")
 
-# %% ../../nbs/training/06_bottlenecks.ipynb #33c11cfd
+# %% ../../nbs/training/06_bottlenecks.ipynb #1b1d0a82
 def headlines(profile: Profile) -> list[str]:
     "Say in lines what was measured: the step, the machine, the work, the memory."
     facts, seconds, flops = profile.facts, profile.total("seconds"), profile.total("flops")
     moved, free = profile.total("moved"), facts["undisturbed"]
     return [f"{profile.recipe.name} on {facts['data']}: {1e3*free:.4g} ms a step of {facts['targets']:,} targets, "
             f"{facts['targets']/free:,.0f} targets a second; {1e3*seconds:.4g} ms with the clock on, "
-            f"{facts['repetitions']} calls of {facts['steps']}",
+            f"median of {facts['repetitions']} × {facts['steps']}",
             f"{profile.roofline}",
             f"{flops/1e9:.3g} GFLOP and {moved/1e6:,.0f} MB moved: {flops/moved:.2g} FLOP a byte; "
             f"{flops/seconds/1e9:.3g} GFLOP/s reached, {flops/profile.total('least')/1e9:.3g} possible with these "
             "operators",
-            f"peak memory {facts['peak_memory']/1e6:,.0f} MB, in {facts['peak_part']}; {facts['state_memory']/1e6:,.0f} "
-            f"MB of it weights and moments; {1e3*(facts['user'] + facts['system']):.4g} ms of processor time, "
+            f"peak memory {facts['peak_memory']/1e6:,.0f} MB, in {facts['peak_part']}; of it "
+            f"{facts['state_memory']/1e6:,.0f} MB weights and moments",
+            f"{1e3*(facts['user'] + facts['system']):.4g} ms of processor time, "
             f"{1e3*facts['system']:.4g} of it in the system, {facts['pages']:,.0f} fresh pages"]
 
 def part_table(profile: Profile) -> Table:
@@ -221,7 +232,7 @@ def operator_table(profile: Profile) -> Table:
                    "share": round(100*each["share"], 1)} for each in profile.operators],
                  "Operators of one step that take longest", {"time": "ms", "share": "% of all operators"})
 
-# %% ../../nbs/training/06_bottlenecks.ipynb #8377284d
+# %% ../../nbs/training/06_bottlenecks.ipynb #f5ba4e64
 def as_html(profile: Profile) -> str:
     "Write a profile for a notebook."
     lines = "".join(f"<p>{escape(line)}</p>" for line in headlines(profile))
@@ -246,7 +257,7 @@ def describe(profile: Profile) -> dict[str, Any]:
             "operators": list(profile.operators), "roofline": profile.roofline.to_dict(),
             "advice": [vars(each) for each in profile.advice]}
 
-# %% ../../nbs/training/06_bottlenecks.ipynb #87ae43a4
+# %% ../../nbs/training/06_bottlenecks.ipynb #e9cacf3f
 def plot_shares(axes: Any, profile: Profile) -> None:
     "Draw the parts of a step as one bar, in the order in which they happen."
     left = 0.0

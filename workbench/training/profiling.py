@@ -6,7 +6,7 @@
 __all__ = ['Clock', 'TimedBatches', 'TimedModule', 'Laps', 'train_observed', 'typical', 'part_seconds', 'recorded_memory',
            'profiler', 'slowest', 'look_once', 'part_rows', 'profile']
 
-# %% ../../nbs/training/07_profiling.ipynb #087911c5
+# %% ../../nbs/training/07_profiling.ipynb #1a3dd1b7
 import os, resource, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,7 +27,7 @@ from .module import SequenceModule
 from .recipes import Recipe
 from .roofline import Operators, Roofline, measure_roofline, size_of, tensors_in, wait_for
 
-# %% ../../nbs/training/07_profiling.ipynb #ef10ec1f
+# %% ../../nbs/training/07_profiling.ipynb #28d3a1d4
 class Clock:
     "Charges time to the part that is running, in laps of one call of the trainer."
     def __init__(self):
@@ -71,7 +71,7 @@ class Clock:
         self.on = len(self.laps).bit_count() % 2 == 0        # Thue and Morse: even, and in no step with the epochs
         self.start()
 
-# %% ../../nbs/training/07_profiling.ipynb #ae08a350
+# %% ../../nbs/training/07_profiling.ipynb #d3660abc
 class TimedBatches(WindowBatches):
     "Windows that tell the clock when they are read and when they are gathered."
     def observe(self, clock: Clock) -> "TimedBatches":
@@ -93,7 +93,7 @@ class TimedBatches(WindowBatches):
             first = False
             yield batch
 
-# %% ../../nbs/training/07_profiling.ipynb #464da92e
+# %% ../../nbs/training/07_profiling.ipynb #df63dcd2
 class TimedModule(SequenceModule):
     "The training module of `fit`, with the clock around its parts and a tool around each optimiser step."
     def observe(self, clock: Clock, tools: Callable[[], AbstractContextManager]) -> "TimedModule":
@@ -114,7 +114,7 @@ class TimedModule(SequenceModule):
     def manual_backward(self, *given: Any, **options: Any) -> None:
         with self.clock.part("backward"): super().manual_backward(*given, **options)
 
-# %% ../../nbs/training/07_profiling.ipynb #f1800811
+# %% ../../nbs/training/07_profiling.ipynb #c30619a6
 class Laps(Callback):
     "Ends a lap with each call of the trainer, and the training when it is `over`."
     def __init__(self, clock: Clock, over: Callable[[], bool]):
@@ -144,13 +144,14 @@ def train_observed(
     make_trainer(endless, None, [curve, Laps(clock, over)]).fit(module, batches)
     return module, batches
 
-# %% ../../nbs/training/07_profiling.ipynb #bc542fad
+# %% ../../nbs/training/07_profiling.ipynb #d3aae35d
 def typical(
     laps: Sequence[dict[str, Any]],     # of one training
     timed: bool,                        # those with the clock on, or those without
 ) -> list[dict[str, Any]]:
     "Return the laps that count."
     kept = [lap for lap in laps[1:] if lap["timed"] == timed and lap["steps"]]
+    kept = kept or [lap for lap in laps[:1] if lap["timed"] == timed]
     most = max((lap["steps"] for lap in kept), default=0)
     return [lap for lap in kept if lap["steps"] == most]
 
@@ -160,7 +161,7 @@ def part_seconds(clock: Clock, steps: int) -> dict[str, float]:  # steps: optimi
     found = {part: median(lap["parts"][part]/lap["steps"] for lap in laps) for part in PARTS}
     return found | {"reading": found["reading"] + median(clock.orders)/steps}
 
-# %% ../../nbs/training/07_profiling.ipynb #65755c93
+# %% ../../nbs/training/07_profiling.ipynb #9045f02f
 @contextmanager
 def recorded_memory(path: Path | None, peak: list[int]) -> Iterator[None]:
     "Note the peak of the GPU's allocator and write its history to a file; without a GPU do nothing."
@@ -194,7 +195,7 @@ def slowest(watched: torch.profiler.profile, most: int = 10) -> tuple[list[dict[
     return [{"operator": each.key.removeprefix("aten::"), "calls": each.count, "seconds": getattr(each, own)/1e6,
              "share": getattr(each, own)/whole} for each in found[:most]], busy
 
-# %% ../../nbs/training/07_profiling.ipynb #373af535
+# %% ../../nbs/training/07_profiling.ipynb #c1bb6f24
 def look_once(recipe: Recipe, histories: Histories, folder: Path | None) -> dict[str, Any]:
     "Take four single steps: two to get warm, one to count, one to watch."
     clock, peak, path = Clock(), [], folder/"memory.pickle" if folder else None
@@ -216,7 +217,7 @@ def look_once(recipe: Recipe, histories: Histories, folder: Path | None) -> dict
                       "weights": sum(each.numel() for each in module.model.parameters()),
                       "snapshot": str(path) if path and peak else None}}
 
-# %% ../../nbs/training/07_profiling.ipynb #340075f7
+# %% ../../nbs/training/07_profiling.ipynb #04c16a1e
 def part_rows(
     spent: dict[str, float],           # part → seconds of an optimiser step
     counted: list[dict[str, Any]],     # the operators of one step
@@ -248,8 +249,7 @@ def profile(
         until = began + seconds
         fitting = int((until - time.perf_counter())/6/once["step"])
         used = replace(recipe, steps=max(1, min(recipe.steps, fitting)))
-        def over() -> bool:
-            return time.perf_counter() > until and all(typical(clock.laps, timed) for timed in (True, False))
+        def over() -> bool: return time.perf_counter() > until and len(clock.laps) >= 2
         _, batches = train_observed(used, histories, clock, over)
     free = typical(clock.laps, timed=False)
     parts = part_rows(part_seconds(clock, len(batches)*used.steps), once["rows"], roofline)

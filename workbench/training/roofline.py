@@ -7,7 +7,7 @@ __all__ = ['SIZES', 'SIDES', 'LOOKUPS', 'ATTENTION', 'wait_for', 'shortest', 'me
            'measure_dispatch', 'Roofline', 'measure_roofline', 'size_of', 'tensors_in', 'changed', 'traffic',
            'Operators', 'plot_roofline']
 
-# %% ../../nbs/training/06_roofline.ipynb #da9cebfe
+# %% ../../nbs/training/06_roofline.ipynb #0edeb954
 import time, weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# %% ../../nbs/training/06_roofline.ipynb #9d11fb6a
+# %% ../../nbs/training/06_roofline.ipynb #bc6b066b
 def wait_for(device: torch.device) -> None:
     "Wait until a device has done what was asked of it; a CPU always has."
     if device.type == "cuda": torch.cuda.synchronize(device)
@@ -45,7 +45,7 @@ def shortest(
     while time.perf_counter() < until: found.append(timed(calls))
     return min(found)
 
-# %% ../../nbs/training/06_roofline.ipynb #4b24649d
+# %% ../../nbs/training/06_roofline.ipynb #e0f46b66
 SIZES = (2**20, 2**24, 2**29)   # bytes moved in one go: inside a core's cache, inside a shared one, in memory
 SIDES = {"cpu": 1024, "cuda": 8192}   # of the matrices whose product gives the peak
 
@@ -63,7 +63,7 @@ def measure_bandwidth(device: torch.device, size: int, seconds: float) -> float:
     added = shortest(lambda: torch.add(one, two, out=out), device, seconds/2)
     return max(2*moved/copied, 3*moved/added)/1e9
 
-# %% ../../nbs/training/06_roofline.ipynb #2e20fdd8
+# %% ../../nbs/training/06_roofline.ipynb #531d0c45
 def measure_dispatch(device: torch.device, seconds: float, length: int = 100) -> float:  # µs
     "Measure what starting one operator costs, forward and backward taken together."
     numbers = torch.ones(8, device=device, requires_grad=True)
@@ -73,7 +73,7 @@ def measure_dispatch(device: torch.device, seconds: float, length: int = 100) ->
         torch.autograd.grad(x, numbers, torch.ones_like(x))
     return shortest(chain, device, seconds)/(2*length)*1e6
 
-# %% ../../nbs/training/06_roofline.ipynb #56af1541
+# %% ../../nbs/training/06_roofline.ipynb #04a1b60a
 @dataclass(frozen=True)
 class Roofline:
     "What a machine does at best, as measured."
@@ -107,7 +107,7 @@ class Roofline:
         return (f"{self.device}{threads}: {peaks}; {self.memory:,.1f} GB/s from memory, {self.cache:,.1f} in cache; "
                 f"{self.dispatch:.1f} µs to start an operator")
 
-# %% ../../nbs/training/06_roofline.ipynb #a5ac5c03
+# %% ../../nbs/training/06_roofline.ipynb #332b2101
 def measure_roofline(
     device: torch.device | str = "cpu",   # cpu or cuda
     seconds: float = 2.0,                 # about how long to measure
@@ -121,7 +121,7 @@ def measure_roofline(
     bandwidth = {size: max(speed[i:]) for i, size in enumerate(SIZES)}   # less is moved at least as fast
     return Roofline(name, torch.get_num_threads(), peak, bandwidth, measure_dispatch(device, 0.09*seconds))
 
-# %% ../../nbs/training/06_roofline.ipynb #7baabb76
+# %% ../../nbs/training/06_roofline.ipynb #c71adc2f
 LOOKUPS = ("embedding", "index", "index_select", "gather")
 ATTENTION = {  # PyTorch's own formulas, given the shapes of query, key and value
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
@@ -152,7 +152,7 @@ def traffic(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:  #
     if not written or name.startswith(("empty", "new_empty")): return 0
     return 2*written + size_of(inputs[1:]) if name in LOOKUPS else written + size_of(inputs)
 
-# %% ../../nbs/training/06_roofline.ipynb #59b7ebe4
+# %% ../../nbs/training/06_roofline.ipynb #0cf94ef0
 class Operators(TorchDispatchMode):
     "Notes what each operator computes and moves, and follows the memory that they hold."
     def __init__(self, part: Callable[[], str] = lambda: ""):  # names the part that is running
@@ -191,7 +191,7 @@ class Operators(TorchDispatchMode):
         "Stop counting."
         self.live -= size
 
-# %% ../../nbs/training/06_roofline.ipynb #abd80ffb
+# %% ../../nbs/training/06_roofline.ipynb #3c30dc74
 def plot_roofline(
     axes: "Axes",                                          # where to draw
     roofline: Roofline,                                    # the roofs
