@@ -48,7 +48,7 @@ bench: $(READY) ## run the benchmark notebooks and write their dated pages (long
 	  mv .workbench/benchmarks/page docs/benchmarks/$$(date +%F)-$$name.md; done
 
 gpu: ## run what needs an NVIDIA GPU, on a box that has torch, lightning, numpy, onnx and onnxruntime
-	$(PYTHON) -m pytest tests/test_training.py -m gpu -p no:cacheprovider
+	$(PYTHON) -m pytest tests/test_training.py tests/test_profiling.py -m gpu -p no:cacheprovider
 
 docs: $(READY) ## build the site into site/
 	$(BIN)/pip install --quiet --editable ".[docs]" --constraint requirements.lock
