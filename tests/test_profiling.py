@@ -78,7 +78,8 @@ def test_a_slow_step_is_measured_in_few_calls(monkeypatch):
     def slow(recipe, log, clock, over, *tools):
         found = observed(recipe, log, clock, over, *tools)
         calls.append((recipe.steps, len(clock.laps)))
-        clock.laps[1]["seconds"] += 100
+        for lap in clock.laps[:2]:
+            lap["seconds"] += 100
         return found
 
     monkeypatch.setattr(profiling, "train_observed", slow)

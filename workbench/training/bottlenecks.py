@@ -130,7 +130,7 @@ def about_dispatch(profile: Profile) -> Advice | None:
 def about_loop(profile: Profile) -> Advice | None:
     "Say when what is around the steps is much beside them."
     share, steps = profile.share("loop"), profile.facts["steps"]
-    if share < 0.1: return None
+    if share < 0.1 or steps < profile.recipe.steps: return None     # measured with less in a call than there will be
     return Advice("loop", share*(1 - steps/max(16, 2*steps)),
                   f"the loop around the steps is {percent(share)} with {steps} step{'s' if steps > 1 else ''} in a "
                   f"call: steps={max(16, 2*steps)} spreads it")
