@@ -71,7 +71,7 @@ def test_windows_that_are_mostly_empty_are_told_to_be_packed():
 
 
 def test_a_slow_step_is_measured_in_few_calls(monkeypatch):
-    "Where six calls of eight steps do not fit into the time, a call holds fewer steps; two are enough."
+    "Where twelve calls of eight steps do not fit into the time, a call holds fewer steps; two are enough."
     calls = []
     observed = profiling.train_observed
 

@@ -248,7 +248,7 @@ def profile(
         once = look_once(recipe, histories, Path(folder) if folder else None)
         roofline = measure_roofline(once["device"], min(3.0, 0.15*seconds))
         until = began + seconds
-        fitting = int((until - time.perf_counter())/6/once["step"])
+        fitting = int((until - time.perf_counter())/12/once["step"])
         used = replace(recipe, steps=max(1, min(recipe.steps, fitting)))
         def over() -> bool: return time.perf_counter() > until and len(clock.laps) >= 2
         _, batches = train_observed(used, histories, clock, over)
