@@ -56,7 +56,7 @@ $(PEERS): pipelines/benchmarks/peers/requirements.txt
 peers: $(PEERS) ## make .peers, the environment of the libraries that training is measured against
 
 gpu: ## run what needs an NVIDIA GPU, on a box that has torch, lightning, numpy, onnx and onnxruntime
-	$(PYTHON) -m pytest tests/test_training.py -m gpu -p no:cacheprovider
+	$(PYTHON) -m pytest tests/test_training.py tests/test_profiling.py -m gpu -p no:cacheprovider
 
 docs: $(READY) ## build the site into site/
 	$(BIN)/pip install --quiet --editable ".[docs]" --constraint requirements.lock

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data', 'Json', 'Run', 'Parameters', 'Name', 'Columns', 'Bundle', 'Port', 'Host', 'print_version', 'options',
            'parse_parameters', 'run', 'resume', 'status', 'show', 'list_data', 'fetch_data', 'check_data', 'evaluate',
-           'bench', 'recommend', 'promote', 'serve', 'lab', 'doctor', 'option_line', 'app_command', 'walk', 'reference']
+           'bench', 'profile', 'recommend', 'promote', 'serve', 'lab', 'doctor', 'option_line', 'app_command', 'walk',
+           'reference']
 
 # %% ../../nbs/cli/05_commands.ipynb #a7f079e0
 from pathlib import Path
@@ -132,6 +133,24 @@ def bench(
     from workbench.cli.results import bench_again, find_run
     table = bench_again(find_run(run, whole=True), minutes, progress=not as_json)
     emit(table, as_json=as_json)
+
+# %% ../../nbs/cli/05_commands.ipynb #8fecc9d6
+@app.command()
+def profile(
+    dataset: Annotated[str | None, typer.Option(
+        help="A data set or the path of a log; what the newest run prepared unless given.")] = None,
+    columns: Columns = None,
+    recipe: Annotated[str | None, typer.Option(help="A named recipe; from settings.ini unless given.")] = None,
+    size: Annotated[str | None, typer.Option(
+        help="tiny, small, base or large; from settings.ini unless given.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, max=60, help="How long to measure.")] = 20.0,
+    output: Annotated[Path | None, typer.Option(
+        help="A picture to draw (.png, .svg or .pdf); with a GPU a memory recording is put beside it.")] = None,
+    as_json: Json = False,
+) -> None:
+    "Show where the time of a training step goes, what this machine would allow, and what to change first."
+    from workbench.cli.results import profile_training
+    emit(profile_training(dataset, columns, recipe, size, seconds, output), as_json=as_json)
 
 # %% ../../nbs/cli/05_commands.ipynb #00789a78
 Bundle = Annotated[Path | None, typer.Option(help="The folder of a bundle; the champion's unless given.")]
