@@ -2087,6 +2087,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'workbench.training.fit.digest': ('training/fit.html#digest', 'workbench/training/fit.py'),
                                         'workbench.training.fit.finished': ('training/fit.html#finished', 'workbench/training/fit.py'),
                                         'workbench.training.fit.fit': ('training/fit.html#fit', 'workbench/training/fit.py'),
+                                        'workbench.training.fit.keep_memory': ( 'training/fit.html#keep_memory',
+                                                                                'workbench/training/fit.py'),
                                         'workbench.training.fit.make_trainer': ( 'training/fit.html#make_trainer',
                                                                                  'workbench/training/fit.py'),
                                         'workbench.training.fit.quiet': ('training/fit.html#quiet', 'workbench/training/fit.py'),

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'SHORT', 'takes', 'decide', 'build_model', 'build_loss', 'build_batches', 'Run', 'quiet', 'summarise',
-           'set_threads', 'make_trainer', 'digest', 'run_facts', 'Training', 'set_up', 'begin_from', 'fit',
-           'where_it_goes_on', 'finished']
+           'set_threads', 'keep_memory', 'make_trainer', 'digest', 'run_facts', 'Training', 'set_up', 'begin_from',
+           'fit', 'where_it_goes_on', 'finished']
 
 # %% ../../nbs/training/05_fit.ipynb #11a3df50
-import hashlib, inspect, logging, shutil, sys, tempfile, time, warnings
+import ctypes, hashlib, inspect, logging, shutil, sys, tempfile, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from ..data.batches import WindowBatches
 from ..data.histories import Histories, Split
 from ..errors import TrainingError
+from ..models.baselines import item_counts
 from ..models.ranker import Encoder, Ranker, known_models
 from .callbacks import Budget, Curve, KeepBest, Progress, sample_cases, validate
 from .checkpoints import Saver
@@ -58,13 +59,12 @@ def build_model(
     features: torch.Tensor | None = None,     # float32[n_items + 1, F], what is known of the items
 ) -> Encoder:
     "Build the model a recipe names, with fresh weights."
-    known = {} if features is None else {"features": features, "item_dropout": recipe.item_dropout}
+    known = {} if features is None else {"features": features, "id_dropout": recipe.id_dropout}
     return known_models()[recipe.model](n_items=n_items, length=recipe.length, width=recipe.width, blocks=recipe.blocks,
                                         heads=recipe.heads, dropout=recipe.dropout, **known)
 
 def build_loss(recipe: Recipe, split: Split) -> torch.nn.Module:
     "Build the loss a recipe names, from the frequencies of a training split."
-    from workbench.models.baselines import item_counts
     return losses[recipe.loss](torch.from_numpy(item_counts(split)), recipe)
 
 def build_batches(recipe: Recipe, histories: Histories) -> WindowBatches:
@@ -131,6 +131,13 @@ def set_threads() -> int:  # CPU threads that PyTorch computes with now
     from workbench.settings import settings
     if settings().training.threads: torch.set_num_threads(settings().training.threads)
     return torch.get_num_threads()
+
+def keep_memory() -> bool:  # whether there was somebody to tell
+    "Tell the GNU C library not to hand memory back between steps (mallopt(3))."
+    tell = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if tell is None: return False
+    trim_threshold, mmap_threshold = -1, -3
+    return bool(tell(mmap_threshold, 2**25) and tell(trim_threshold, 2**29))
 
 # %% ../../nbs/training/05_fit.ipynb #a7b48359
 def make_trainer(recipe: Recipe, logger: Any, callbacks: list[Callback], **settings: Any) -> lightning.Trainer:
@@ -207,6 +214,7 @@ def set_up(
     recipe = decide(recipe, histories.train)
     batches, model = build_batches(recipe, histories), build_model(recipe, histories.n_items, features)
     if start is not None: begin_from(model, start)
+    if features is not None: model.items.know(torch.from_numpy(item_counts(histories.train) > 0))
     module = SequenceModule(model, build_loss(recipe, histories.train), recipe, recipe.epochs*batches.n_steps)
     curve, budget = Curve(recipe, sample_cases(histories.validation, recipe.seed), batches), Budget(recipe.minutes)
     keep = KeepBest(curve, folder/"best.ckpt")
@@ -237,7 +245,7 @@ def fit(
     "Train by a recipe; raises `TrainingError` when the loss is no longer finite, or a checkpoint is of another run."
     folder = Path(folder or tempfile.mkdtemp(prefix="workbench-fit-"))
     if not resume: shutil.rmtree(folder/"checkpoints", ignore_errors=True)
-    began = time.perf_counter()
+    began, _ = time.perf_counter(), keep_memory()
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(recipe.seed)
         training = set_up(recipe, histories, folder, start, features, every)

@@ -25,7 +25,7 @@ class Recipe:
     blocks: int = 2                   # of the transformer
     heads: int = 1                    # of attention; divides `width`
     dropout: float = 0.2              # share of activations dropped in training
-    item_dropout: float = 0.2         # share of items reduced to their features in training, where there are features
+    id_dropout: float = 0.2           # share of items reduced to their features in training, where there are features
     loss: str = "auto"                # a registered loss; "auto": full cross entropy unless the catalogue is large
     negatives: int = 512              # items sampled, for a sampled loss
     negatives_for: str = "step"       # whom they are sampled for: all positions of a "step", or each "position"
@@ -77,7 +77,7 @@ CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
         "steps": 1000, "epochs": 100_000, "check_every": 100_000, "patience": 100_000}.items()),
     ("batch_size", whole(0, 10**6), "a whole number from 0 to 1,000,000"),
     *((field, between(low, high), f"a number from {low} to {high}") for field, low, high in [
-        ("dropout", 0, 0.95), ("item_dropout", 0, 0.95), ("learning_rate", 1e-8, 10), ("weight_decay", 0, 10),
+        ("dropout", 0, 0.95), ("id_dropout", 0, 0.95), ("learning_rate", 1e-8, 10), ("weight_decay", 0, 10),
         ("clip", 0, 1e6), ("minutes", 0, 1e6), ("calibration", 0, 1), ("confidence", 0, 0.999)]),
     ("warmup", whole(0, 10**9), "a whole number from 0"),
     ("seed", whole(0, 2**32 - 1), "a whole number from 0 to 4294967295"),
@@ -128,7 +128,7 @@ def hstu(size: str = "small", seed: int = 0, **changes: Any) -> Recipe:
 def two_tower(size: str = "small", seed: int = 0, **changes: Any) -> Recipe:
     "Return the recipe of a two-tower model: sampled softmax on many negatives."
     return sized("two_tower", size, {"seed": seed, "model": "two_tower", "loss": "sampled_softmax", "negatives": 2048,
-                                     **changes})
+                                     "blocks": 1, "heads": 4, "learning_rate": 5e-3, **changes})
 
 recipes: Registry[Callable[..., Recipe]] = Registry("recipe")
 for function in (sasrec, gsasrec, esasrec, hstu, two_tower): recipes.register(function.__name__, function)
