@@ -57,8 +57,8 @@ def test_twice_the_batch_is_twice_the_work_and_ten_times_the_catalogue_is_more_o
     single, double, wide = of(600), of(600, batch_size=64), of(6000)
     assert double.total("flops") == pytest.approx(2*single.total("flops"), rel=0.05)
     assert with_gradients(wide, "loss") > with_gradients(single, "loss")
-    logits = 4*wide.facts["targets"]*(6000 - 600)
-    assert wide.facts["peak_memory"] - single.facts["peak_memory"] > logits
+    row = 4*(6000 - 600)                                      # bytes of logits; there are never more than 128 rows of them
+    assert 128*row < wide.facts["peak_memory"] - single.facts["peak_memory"] < wide.facts["targets"]*row
 
 
 def test_windows_that_are_mostly_empty_are_told_to_be_packed():
@@ -66,7 +66,7 @@ def test_windows_that_are_mostly_empty_are_told_to_be_packed():
     short = users % 10 != 0                     # nine of ten listeners keep four plays of twenty-five
     kept = ~short | (times < 4)
     log = pack("short", users[kept], tracks[kept], times[kept], np.arange(200).astype(str), np.arange(60).astype(str))
-    found = profile(sasrec("tiny", **QUICK), log, seconds=1)
+    found = profile(sasrec("tiny", packing="off", **QUICK), log, seconds=1)
     assert found.facts["padding"] > 0.3 and "padding" in {each.about for each in found.advice}
 
 

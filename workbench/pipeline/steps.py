@@ -93,19 +93,17 @@ class Step:
         context = read_json(os.environ[CONTEXT])
         if context["step"] != name:
             raise PipelineError(f"this notebook runs as step {context['step']} and begins {name}: use one name")
-        return cls(name, Path(context["folder"]), Path(context["home"]), context["inputs"], context["run_id"],
-                   context["parameters"], Path(context["unfinished"]))
+        folder, home, unfinished = (Path(context[key]) for key in ("folder", "home", "unfinished"))
+        return cls(name, folder, home, context["inputs"], context["run_id"], context["parameters"], unfinished)
 
     def input(self, name: str) -> Path:
         "Return the folder that a step before this one left."
         if self.inputs is None: return newest_output(name, self.home)
         if name in self.inputs: return Path(self.inputs[name])
         raise PipelineError(f"step {self.name} does not need {name}: add it to needs of [steps.{self.name}]")
-
     def facts(self, name: str) -> dict[str, Any]:
         "Return what a step before this one said when it was done."
         return read_json(self.input(name)/STEP)["facts"]
-
     def run(self) -> dict[str, Any]:
         "Return the record of the run so far; by hand, that of the newest successful run."
         if self.run_id: return read_json(runs_folder(self.home)/self.run_id/"run.json")

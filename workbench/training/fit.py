@@ -67,11 +67,15 @@ def build_loss(recipe: Recipe, split: Split) -> torch.nn.Module:
     "Build the loss a recipe names, from the frequencies of a training split."
     return losses[recipe.loss](torch.from_numpy(item_counts(split)), recipe)
 
-def build_batches(recipe: Recipe, histories: Histories) -> WindowBatches:
+def build_batches(
+    recipe: Recipe,                                # decided
+    histories: Histories,                          # gives the training part
+    kind: type[WindowBatches] = WindowBatches,     # or one that watches
+) -> WindowBatches:
     "Build the loader of a decided recipe."
     timed = histories.timed and takes(recipe.model, "times")
-    return WindowBatches(histories.train, length=recipe.length, batch_size=recipe.batch_size, steps=recipe.steps,
-                         seed=recipe.seed, pack=recipe.packing == "on", times=histories.timestamps if timed else None)
+    return kind(histories.train, length=recipe.length, batch_size=recipe.batch_size, steps=recipe.steps,
+                seed=recipe.seed, pack=recipe.packing == "on", times=histories.timestamps if timed else None)
 
 # %% ../../nbs/training/05_fit.ipynb #6eb30606
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from ..data.batches import WindowBatches
+from ..data.batches import WindowBatches, Windows
 from ..data.histories import Histories
 from ..errors import UsageError
 from .bottlenecks import PARTS, Profile
-from .fit import Curve, build_loss, build_model, decide, make_trainer, quiet
+from .callbacks import Curve
+from .fit import build_batches, build_loss, build_model, decide, make_trainer, quiet
 from .module import SequenceModule
 from .recipes import Recipe
 from .roofline import Operators, Roofline, measure_roofline, size_of, tensors_in, wait_for
@@ -107,9 +108,9 @@ class TimedModule(SequenceModule):
     def one_step(self, *given: Any, **options: Any) -> Any:
         with self.tools(), self.clock.part("optimiser"): return super().one_step(*given, **options)
 
-    def window_loss(self, items: torch.Tensor, *given: Any, **options: Any) -> Any:
-        self.window = items
-        with self.clock.part("forward"): return super().window_loss(items, *given, **options)
+    def window_loss(self, batch: Windows) -> Any:
+        self.window = batch.items
+        with self.clock.part("forward"): return super().window_loss(batch)
 
     def manual_backward(self, *given: Any, **options: Any) -> None:
         with self.clock.part("backward"): super().manual_backward(*given, **options)
@@ -134,12 +135,11 @@ def train_observed(
     tools: Callable[[], AbstractContextManager] = nullcontext,   # for each optimiser step
 ) -> tuple[TimedModule, TimedBatches]:
     "Train with the clock running until it is over."
-    batches = TimedBatches(histories.train, length=recipe.length, batch_size=recipe.batch_size, steps=recipe.steps,
-                           seed=recipe.seed).observe(clock)
+    batches = build_batches(recipe, histories, TimedBatches).observe(clock)
     model, loss = build_model(recipe, histories.n_items), build_loss(recipe, histories.train)
-    module = TimedModule(model, loss, recipe, recipe.epochs*len(batches)*recipe.steps).observe(clock, tools)
+    module = TimedModule(model, loss, recipe, recipe.epochs*batches.n_steps).observe(clock, tools)
     endless = replace(recipe, epochs=100_000, check_every=100_000)
-    curve = Curve(endless, histories.validation, batches.n_targets)
+    curve = Curve(endless, histories.validation, batches)
     clock.start()
     make_trainer(endless, None, [curve, Laps(clock, over)]).fit(module, batches)
     return module, batches
@@ -253,7 +253,7 @@ def profile(
         def over() -> bool: return time.perf_counter() > until and len(clock.laps) >= 2
         _, batches = train_observed(used, histories, clock, over)
     free = typical(clock.laps, timed=False)
-    parts = part_rows(part_seconds(clock, len(batches)*used.steps), once["rows"], roofline)
+    parts = part_rows(part_seconds(clock, batches.n_steps), once["rows"], roofline)
     whole = {name: median(lap[name]/lap["steps"] for lap in free) for name in ("seconds", "user", "system", "pages")}
     facts = {"data": histories.name, "items": histories.n_items, "steps": used.steps, **once["facts"],
              "undisturbed": whole.pop("seconds"), **whole,
