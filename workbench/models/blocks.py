@@ -21,6 +21,7 @@ class Shape(NamedTuple):
     heads: int        # of attention; divides `width`
     dropout: float    # share of what a block adds that is dropped in training
     length: int       # longest history
+    expansion: int = 4   # how many times as wide the feed-forward part is inside
 
 def take(
     x: Tensor,          # [B, L, d]
@@ -98,16 +99,16 @@ class Attention(nn.Module):
 
 # %% ../../nbs/models/03_blocks.ipynb #d011710d
 class FeedForward(nn.Sequential):
-    "Two linear layers with a GELU between, four times as wide inside."
-    def __init__(self, width: int):
-        super().__init__(nn.Linear(width, 4*width), nn.GELU(), nn.Linear(4*width, width))
+    "Two linear layers with a GELU between, wider inside."
+    def __init__(self, width: int, expansion: int = 4):
+        super().__init__(nn.Linear(width, expansion*width), nn.GELU(), nn.Linear(expansion*width, width))
 
 class SelfAttentionBlock(nn.Module):
     "A pre-norm transformer block."
     def __init__(self, shape: Shape):
         super().__init__()
         width = shape.width
-        self.attention, self.feed_forward = Attention(width, shape.heads), FeedForward(width)
+        self.attention, self.feed_forward = Attention(width, shape.heads), FeedForward(width, shape.expansion)
         self.norm_attention, self.norm_feed_forward = nn.LayerNorm(width), nn.LayerNorm(width)
         self.dropout = Dropout(shape.dropout)
 
@@ -139,10 +140,11 @@ class SelfAttentionBlock(nn.Module):
 
 # %% ../../nbs/models/03_blocks.ipynb #60495505
 class SwiGLU(nn.Module):
-    "A feed-forward part in which one half of the inner layer gates the other, four times as wide inside."
-    def __init__(self, width: int):
+    "A feed-forward part in which one half of the inner layer gates the other, wider inside."
+    def __init__(self, width: int, expansion: int = 4):
         super().__init__()
-        self.inner, self.out = nn.Linear(width, 8*width, bias=False), nn.Linear(4*width, width, bias=False)
+        self.inner = nn.Linear(width, 2*expansion*width, bias=False)
+        self.out = nn.Linear(expansion*width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = halves(self.inner, x, self.training)
@@ -153,7 +155,8 @@ class GatedBlock(SelfAttentionBlock):
     def __init__(self, shape: Shape):
         super().__init__(shape)
         width = shape.width
-        self.attention, self.feed_forward = Attention(width, shape.heads, bias=False), SwiGLU(width)
+        self.attention = Attention(width, shape.heads, bias=False)
+        self.feed_forward = SwiGLU(width, shape.expansion)
         self.gate_attention, self.gate_feed_forward = (nn.Linear(width, width, bias=False) for _ in range(2))
 
     def attended(self, x: Tensor, branch: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class Stack(ItemEncoder):
         blocks: int = 2,                   # how many of them
         heads: int = 2,                    # of attention; divides `width`
         dropout: float = 0.2,              # on the embeddings and on what a block adds
+        expansion: int = 4,                # how many times as wide a feed-forward part is inside
         features: Tensor | None = None,    # float[n_items + 1, F], joined into the item vectors
         id_dropout: float = 0.2,           # share of own item vectors dropped in training, where there are features
     ):
@@ -36,10 +37,11 @@ class Stack(ItemEncoder):
         if width % heads:
             raise ModelError(f"a width of {width} cannot be split over {heads} heads: let one divide the other")
         self.n_items, self.length = n_items, length
-        self.settings = {"width": width, "blocks": blocks, "heads": heads, "dropout": dropout}
+        self.settings = {"width": width, "blocks": blocks, "heads": heads, "dropout": dropout, "expansion": expansion}
         self.items = ItemVectors(n_items, width, features, id_dropout)
         self.positions = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(self.block(Shape(width, heads, dropout, length)) for _ in range(blocks))
+        shape = Shape(width, heads, dropout, length, expansion)
+        self.blocks = nn.ModuleList(self.block(shape) for _ in range(blocks))
         self.norm, self.dropout = nn.LayerNorm(width), Dropout(dropout)
         self.apply(initialise)
 

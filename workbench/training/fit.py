@@ -9,7 +9,7 @@ __all__ = ['TARGETS', 'SHORT', 'takes', 'decide', 'build_model', 'build_loss', '
 
 # %% ../../nbs/training/05_fit.ipynb #11a3df50
 import ctypes, hashlib, inspect, logging, shutil, sys, tempfile, time, warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 TARGETS = 3_000  # predictions in an optimiser step, when the recipe leaves it open
 SHORT = 0.5      # windows that are shorter than this share of the longest, on average, are packed
 
-def takes(model: str, argument: str) -> bool:
-    "Tell whether a registered model's `hidden` has an argument, e.g. segments."
-    return argument in inspect.signature(known_models()[model].hidden).parameters
+def takes(model: str, argument: str, method: str = "hidden") -> bool:
+    "Tell whether a method of a registered model has an argument, e.g. segments."
+    return argument in inspect.signature(getattr(known_models()[model], method)).parameters
 
 def decide(recipe: Recipe, split: Split) -> Recipe:
     "Replace what a recipe leaves open by what fits a training split."
@@ -60,6 +60,7 @@ def build_model(
 ) -> Encoder:
     "Build the model a recipe names, with fresh weights."
     known = {} if features is None else {"features": features, "id_dropout": recipe.id_dropout}
+    if takes(recipe.model, "expansion", "__init__"): known["expansion"] = recipe.expansion
     return known_models()[recipe.model](n_items=n_items, length=recipe.length, width=recipe.width, blocks=recipe.blocks,
                                         heads=recipe.heads, dropout=recipe.dropout, **known)
 
@@ -197,11 +198,18 @@ class Training:
         self.batches.load_state_dict({"seed": self.recipe.seed, "epoch": epoch, "position": position})
         return True
 
-    def train(self, logger: Any = None, progress: bool = True, **settings: Any) -> None:  # settings: of the trainer
+    def train(
+        self,
+        logger: Any = None,                     # a Lightning logger
+        progress: bool = True,                  # show how far it is
+        callbacks: Sequence[Callback] = (),     # more of them, before the checkpoints are saved
+        **settings: Any,                        # of the trainer
+    ) -> None:
         "Train to the end."
         left = self.recipe.epochs - self.module.done//self.batches.n_steps
-        callbacks = [self.curve, self.keep, self.budget, *([Progress(self.curve)] if progress else []), self.saver]
-        make_trainer(self.recipe, logger, callbacks, max_epochs=left, **settings).fit(self.module, self.batches)
+        shown = [Progress(self.curve)] if progress else []
+        parts = [self.curve, self.keep, self.budget, *shown, *callbacks, self.saver]
+        make_trainer(self.recipe, logger, parts, max_epochs=left, **settings).fit(self.module, self.batches)
 
 
 

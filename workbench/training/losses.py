@@ -63,19 +63,27 @@ class Sampled(nn.Module):
         chance = torch.rand(shape, device=self.cumulative.device)*self.cumulative[-1]
         return torch.searchsorted(self.cumulative, chance, right=True).clamp(1, self.n_items)
 
-    def scores(self, hidden: Tensor, item_vectors: ItemVectors, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        "Return the score of each target [n], of each negative [n, negatives], and the negatives as drawn."
+    def scores(
+        self,
+        hidden: Tensor,                # float32[n, d]
+        item_vectors: ItemVectors,     # of the model
+        targets: Tensor,               # int64[n]
+        offset: Tensor,                # float32[n_items + 1], added to the scores of negatives
+        hit: float,                    # the score of a negative that is the position's own target
+    ) -> tuple[Tensor, Tensor]:        # float32[n] scores of the targets, float32[n, negatives] of the negatives
+        "Draw negatives and score them beside the targets."
         drawn = self.draw(len(targets))
-        own, others = (item_vectors(each).to(hidden.dtype) for each in (targets, drawn))
-        theirs = hidden @ others.T if self.shared else (others @ hidden[:, :, None])[:, :, 0]
-        return (hidden*own).sum(1).float(), theirs.float(), drawn
+        own, others, offset = (each.to(hidden.dtype)
+                               for each in (item_vectors(targets), item_vectors(drawn), offset[drawn]))
+        if self.shared: theirs = torch.addmm(offset, hidden, others.T).float()
+        else: theirs = torch.baddbmm(offset[:, :, None], others, hidden[:, :, None])[:, :, 0].float()
+        return (hidden*own).sum(1).float(), theirs.masked_fill_(drawn == targets[:, None], hit)
 
 # %% ../../nbs/training/01_losses.ipynb #a066bf8a
 class SampledSoftmax(Sampled):
     "Softmax cross entropy over the target and sampled negatives, corrected for how they were sampled."
     def forward(self, hidden: Tensor, item_vectors: ItemVectors, targets: Tensor) -> Tensor:
-        own, others, drawn = self.scores(hidden, item_vectors, targets)
-        others = (others - self.expected[drawn]).masked_fill(drawn == targets[:, None], -torch.inf)
+        own, others = self.scores(hidden, item_vectors, targets, -self.expected, -torch.inf)
         return (torch.logaddexp(own, torch.logsumexp(others, 1)) - own).mean()
 
 # %% ../../nbs/training/01_losses.ipynb #9157b609
@@ -87,8 +95,8 @@ class GBCE(Sampled):
         self.power = rate*(recipe.calibration*(1 - 1/rate) + 1/rate)
 
     def forward(self, hidden: Tensor, item_vectors: ItemVectors, targets: Tensor) -> Tensor:
-        own, others, drawn = self.scores(hidden, item_vectors, targets)
-        wrong = F.softplus(others).masked_fill(drawn == targets[:, None], 0.0).sum(1)     # −log(1 − σ(s))
+        own, others = self.scores(hidden, item_vectors, targets, torch.zeros_like(self.expected), -torch.inf)
+        wrong = F.softplus(others).sum(1)                                                 # −log(1 − σ(s))
         return ((self.power*F.softplus(-own) + wrong)/(self.negatives + 1)).mean()
 
 # %% ../../nbs/training/01_losses.ipynb #3e413211

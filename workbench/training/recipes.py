@@ -24,6 +24,7 @@ class Recipe:
     width: int = 64                   # of item vectors and layers
     blocks: int = 2                   # of the transformer
     heads: int = 1                    # of attention; divides `width`
+    expansion: int = 4                # how many times as wide a feed-forward part is inside
     dropout: float = 0.2              # share of activations dropped in training
     id_dropout: float = 0.2           # share of items reduced to their features in training, where there are features
     loss: str = "auto"                # a registered loss; "auto": full cross entropy unless the catalogue is large
@@ -73,7 +74,7 @@ def one_of(*words: str) -> Callable[[Any], bool]:
 
 CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
     *((field, whole(1, high), f"a whole number from 1 to {high:,}") for field, high in {
-        "length": 10_000, "width": 8192, "blocks": 100, "heads": 128, "negatives": 1_000_000,
+        "length": 10_000, "width": 8192, "blocks": 100, "heads": 128, "expansion": 64, "negatives": 1_000_000,
         "steps": 1000, "epochs": 100_000, "check_every": 100_000, "patience": 100_000}.items()),
     ("batch_size", whole(0, 10**6), "a whole number from 0 to 1,000,000"),
     *((field, between(low, high), f"a number from {low} to {high}") for field, low, high in [

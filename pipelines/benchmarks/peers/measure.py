@@ -28,7 +28,7 @@ from workbench.evaluation.protocol import LISTED, Batch, case_batches, rank_batc
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     "What to train, on what, for how long; None keeps the peer's default."
-    peer: str                             # rectools or recbole
+    peer: str                             # rectools, recbole or workbench
     data: str                             # folder of histories
     model: str = "sasrec"                 # of the peer
     width: int | None = None              # of item vectors and layers

@@ -1,13 +1,14 @@
 """Train a model of another library on our histories, and say in JSON lines how fast it went and how well it ranks.
 
 It runs in the peers' own environment, which `make peers` builds, and takes our protocol from this tree: a peer is
-ranked by the very code that ranks our own models.
+ranked by the very code that ranks our own models. Our own training goes through the same script ("peer": "workbench",
+in our environment), so that it is counted by the same clock.
 
     .peers/bin/python pipelines/benchmarks/peers/run_peer.py spec.json        # or - for standard input
 
 A spec. Only `peer`, `data` and an end are needed; what is left out (or null) keeps the peer's own default:
 
-    {"peer": "rectools", "model": "esasrec",          # rectools: sasrec, esasrec, hstu; recbole: sasrec
+    {"peer": "rectools", "model": "esasrec",          # rectools: sasrec, esasrec, hstu; recbole: sasrec; ours: a recipe
      "data": "histories",                             # a folder that workbench.data.histories.save_histories wrote
      "width": 64, "blocks": 2, "heads": 1, "length": 50, "dropout": 0.2, "learning_rate": 0.001, "batch_size": 128,
      "loss": "sampled_softmax", "negatives": 256,     # rectools: softmax, sampled_softmax, BCE, gBCE; recbole: CE
@@ -39,7 +40,8 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = {"rectools": ("RecTools", "pytorch-lightning"), "recbole": ("recbole",)}
+PACKAGES = {"rectools": ("RecTools", "pytorch-lightning", "pandas"), "recbole": ("recbole", "pandas"),
+            "workbench": ("workbench", "lightning")}
 
 
 def main() -> int:
@@ -52,7 +54,7 @@ def main() -> int:
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)                                                   # what a library prints goes to standard error
     spec = read_spec(sys.stdin.read() if sys.argv[1] == "-" else Path(sys.argv[1]).read_text(), tuple(PACKAGES))
-    versions = {name: version(name) for name in (*PACKAGES[spec.peer], "torch", "numpy", "pandas")}
+    versions = {name: version(name) for name in (*PACKAGES[spec.peer], "torch", "numpy")}
 
     def emit(event: str, **facts) -> None:
         events.write(json.dumps({"event": event, **facts}, allow_nan=False) + "\n")
