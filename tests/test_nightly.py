@@ -1,6 +1,7 @@
 """The whole night, small: six real steps from the command line, killed on the way, resumed, served, asked."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from ranking import post
 
 from workbench.serving.packaging import free_port, is_ready
+from workbench.training.checkpoints import newest_state
 
 pytestmark = pytest.mark.slow
 WORKBENCH = Path(sys.executable).parent / "workbench"
@@ -18,12 +20,16 @@ GUARD = Path(__file__).parent / "guard"         # its sitecustomize.py refuses c
 SMALL = ["-p", "min_history=150", "-p", "train.epochs=2", "-p", "optimize.minutes=0.7", "-p", "optimize.rounds=2"]
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("night") / "home"
+def bench_with_data(home: Path) -> Path:
+    "Return a bench's home in which the data set has been fetched."
     subprocess.run([WORKBENCH, "data", "fetch", "movielens-100k"], env=os.environ | {"WORKBENCH_PATHS_HOME": str(home)},
                    check=True, capture_output=True)
     return home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return bench_with_data(tmp_path_factory.mktemp("night") / "home")
 
 
 def guarded(home: Path) -> dict[str, str]:
@@ -112,6 +118,28 @@ def test_the_same_night_again_skips_every_step(home, night):
     again = asked(home, "show")
     report = next(row["where"] for row in again["tables"]["paths"]["rows"] if row["what"] == "report")
     assert again["run"]["run_id"] != night["run_id"] and again["run"]["run_id"] in Path(report).read_text()
+
+
+def test_a_train_step_that_was_terminated_goes_on_after_the_step_it_had_saved(tmp_path):
+    home = bench_with_data(tmp_path / "home")
+    for name in ("prepare", "train"):
+        shutil.copy(Path(__file__).parents[1] / "pipelines" / f"{name}.ipynb", tmp_path)
+    (tmp_path / "short.toml").write_text("[steps.prepare]\n[steps.train]\nneeds = ['prepare']\n")
+    process = start(home, "run", str(tmp_path / "short.toml"), "-p", "min_history=150", "-p", "train.epochs=55",
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(home, "train", process)
+    while not list(home.glob("unfinished/train/*/best.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    [states] = home.glob("unfinished/train/*/checkpoints")
+    step = newest_state(states)[1]["step"]
+    code, _, error = workbench(home, "resume")
+    assert code == 0, error
+    train = next(each for each in record(home)["steps"] if each["name"] == "train")
+    assert f"goes on after {step:,} of" in (Path(train["folder"]) / "notebook.ipynb").read_text()
+    assert not list(home.glob("unfinished/train/*"))
 
 
 def test_packaging_by_hand_proves_the_bento_and_registers_nothing(home, night, tmp_path):

@@ -220,7 +220,7 @@ def set_up(
     folder: Path,                            # where checkpoints go
     start: Encoder | None = None,            # a model whose weights to begin from
     features: torch.Tensor | None = None,    # float32[n_items + 1, F]
-    every: float = 60.0,                     # seconds between two checkpoints
+    every: float = 20.0,                     # seconds between two checkpoints
 ) -> Training:
     "Build everything around a run; the weights depend on PyTorch's random state."
     recipe = decide(recipe, histories.train)
@@ -252,7 +252,7 @@ def fit(
     resume: bool = True,                     # go on from a checkpoint of the same run in the folder
     start: Encoder | None = None,            # a model whose weights to begin from, e.g. the champion
     features: torch.Tensor | None = None,    # float32[n_items + 1, F], what is known of the items
-    every: float = 60.0,                     # seconds between two checkpoints; has no say in what comes out
+    every: float = 20.0,                     # seconds between two checkpoints; has no say in what comes out
 ) -> Run:
     "Train by a recipe; raises `TrainingError` when the loss is no longer finite, or a checkpoint is of another run."
     folder = Path(folder or tempfile.mkdtemp(prefix="workbench-fit-"))
