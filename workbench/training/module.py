@@ -37,17 +37,25 @@ class SequenceModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.model, self.loss, self.recipe, self.total = model, loss, recipe, total
         self.done, self.stopping = 0, False
+        self.encode = torch.compile(model.hidden, dynamic=False) if recipe.compile else model.hidden
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.model.parameters(), lr=self.recipe.learning_rate, betas=(0.9, 0.98),
                                  weight_decay=self.recipe.weight_decay, fused=True)
+
+    def hidden(self, items: Tensor, **known: Tensor) -> Tensor:  # float32[B, L, d]
+        "Encode every position, compiled or not; raises `TrainingError` where that is not possible."
+        try: return self.encode(items, **known)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise TrainingError(f"the network cannot be compiled here ({str(error).strip().splitlines()[0]}): set compile "
+                                "to false") from error
 
     def window_loss(self, batch: Windows) -> Tensor:  # of tensors [B, L]
         "Compute the loss of one optimiser step."
         known = {name: value for name in ("segments", "times") if (value := getattr(batch, name)) is not None}
         low = self.recipe.precision == "bfloat16"
         with torch.autocast(batch.items.device.type, torch.bfloat16, enabled=low):
-            vectors, wanted = at_targets(self.model.hidden(batch.items, **known), batch.targets)
+            vectors, wanted = at_targets(self.hidden(batch.items, **known), batch.targets)
             return self.loss(vectors, self.model.item_vectors, wanted)
 
     def one_step(self, optimizer: torch.optim.Optimizer, batch: Windows) -> Tensor:  # of tensors [B, L]
@@ -65,6 +73,7 @@ class SequenceModule(lightning.LightningModule):
         first, optimizer, found = self.done, self.optimizers(use_pl_optimizer=False), []
         columns = (batch.items > 0).any(1).sum(1).tolist()         # 0: the last call of an epoch may be partly empty
         for number, end in enumerate(columns):
+            end = end and (batch.items.shape[2] if self.recipe.compile else end)
             if end and not self.stopping: found.append(self.one_step(optimizer, batch.step(number, end)))
         losses = torch.stack(found) if found else batch.items.new_zeros(0, dtype=torch.float32)
         check_finite(losses, first)
