@@ -14,7 +14,7 @@ import torch
 from workbench.data.histories import pack
 from workbench.errors import RecipeError, UsageError
 from workbench.training import throughput
-from workbench.training.comparison import Entrant, Noise, Setting, learn
+from workbench.training.comparison import Noise, Setting, learn
 from workbench.training.fit import decide, fit, quiet
 from workbench.training.recipes import load_recipe, sasrec, save_recipe
 from workbench.training.throughput import Search, changed, settle, tune
@@ -125,7 +125,7 @@ def test_a_recipe_out_of_a_file_gives_the_same_run(walks, tmp_path):
 def test_a_file_that_is_no_recipe_is_refused_in_a_sentence(tmp_path, text, told):
     path = tmp_path / "found.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(RecipeError, match="found.json") as error:
+    with pytest.raises(RecipeError, match=r"found\.json") as error:
         load_recipe(path)
     assert told in str(error.value) and "\n" not in str(error.value)
 

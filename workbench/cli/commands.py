@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from .console import emit
-from .training import Columns, Json, profile, tune
+from .training import Columns, Json, profile, sweep, tune
 from ..errors import ParameterError, PromotionError, UsageError
 
 # %% ../../nbs/cli/05_commands.ipynb #60ef5a2a
@@ -133,7 +133,7 @@ def bench(
     emit(table, as_json=as_json)
 
 # %% ../../nbs/cli/05_commands.ipynb #8fecc9d6
-for command in (profile, tune): app.command()(command)
+for command in (profile, tune, sweep): app.command()(command)
 
 # %% ../../nbs/cli/05_commands.ipynb #00789a78
 Bundle = Annotated[Path | None, typer.Option(help="The folder of a bundle; the champion's unless given.")]

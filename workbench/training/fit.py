@@ -9,7 +9,7 @@ __all__ = ['TARGETS', 'SHORT', 'takes', 'decide', 'build_model', 'build_loss', '
 
 # %% ../../nbs/training/05_fit.ipynb #11a3df50
 import ctypes, hashlib, inspect, logging, shutil, sys, tempfile, time, warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,10 +193,10 @@ class Training:
         self.batches.load_state_dict({"seed": self.recipe.seed, "epoch": epoch, "position": position})
         return True
 
-    def train(self, logger: Any = None, progress: bool = True, **settings: Any) -> None:  # settings: of the trainer
-        "Train to the end."
+    def train(self, logger: Any = None, progress: bool = True, more: Sequence[Callback] = (), **settings: Any) -> None:
+        "Train to the end, with more callbacks and settings of the trainer."
         left = self.recipe.epochs - self.module.done//self.batches.n_steps
-        callbacks = [self.curve, self.keep, self.budget, *([Progress(self.curve)] if progress else []), self.saver]
+        callbacks = [self.curve, self.keep, self.budget, *([Progress(self.curve)] if progress else []), *more, self.saver]
         make_trainer(self.recipe, logger, callbacks, max_epochs=left, **settings).fit(self.module, self.batches)
 
 
@@ -241,6 +241,7 @@ def fit(
     start: Encoder | None = None,            # a model whose weights to begin from, e.g. the champion
     features: torch.Tensor | None = None,    # float32[n_items + 1, F], what is known of the items
     every: float = 60.0,                     # seconds between two checkpoints; has no say in what comes out
+    callbacks: Sequence[Callback] = (),      # more of Lightning's, called after the validation of an epoch
 ) -> Run:
     "Train by a recipe; raises `TrainingError` when the loss is no longer finite, or a checkpoint is of another run."
     folder = Path(folder or tempfile.mkdtemp(prefix="workbench-fit-"))
@@ -250,7 +251,7 @@ def fit(
         torch.manual_seed(recipe.seed)
         training = set_up(recipe, histories, folder, start, features, every)
         if training.go_on() and progress: print(where_it_goes_on(training), file=sys.stderr)
-        if not training.over: training.train(logger, progress)
+        if not training.over: training.train(logger, progress, callbacks)
     return finished(training, time.perf_counter() - began)
 
 def where_it_goes_on(training: Training) -> str:

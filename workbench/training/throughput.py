@@ -162,7 +162,7 @@ def settle(search: Search, name: str, choices: dict[str, Setting], seconds: floa
         may, found, verdict = True, {}, "kept: faster"
         if each.reason: may, verdict = False, f"failed: {each.reason}"
         elif name in SHOWN: may, verdict = False, "for comparison: fit takes the fused one"
-        elif not faster(each, base): may, verdict = False, "not faster" if len(each.rates) > 1 else "no time for two rounds"
+        elif not faster(each, base): may, verdict = False, "not faster beyond doubt" if len(each.rates) > 1 else "no time for two rounds"
         elif kept: may, verdict = False, "faster, but another was kept"
         elif name in LEARNS: may, found, verdict = learns(search, name, each, choices[each.value])
         if may: kept, search.best = True, choices[each.value]
