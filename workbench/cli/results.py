@@ -180,6 +180,7 @@ def draw(found: Any, path: Path) -> None:  # found: has `plot`
     found.plot().savefig(drawn, format=path.suffix[1:], dpi=150)
     write_atomic(path, drawn.getvalue())
 
+# %% ../../nbs/cli/04_results.ipynb #9c8dad87
 def profile_training(
     dataset: str | None,            # a named data set or the path of a log; None for what the newest run prepared
     columns: str | None,            # of a log, for its user, item and time

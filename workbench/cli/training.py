@@ -110,14 +110,15 @@ def sweep_training(recipe: "Recipe", histories: "Histories", name: str, progress
         parent.log_figure("trials", found.plot())
     return found
 
+# %% ../../nbs/cli/04_training.ipynb #ad39d736
 def sweep(
     dataset: Dataset = None,
     columns: Columns = None,
     recipe: RecipeName = None,
     size: Size = None,
     space: Annotated[list[str] | None, typer.Option(
-        "--space", metavar="FIELD=VALUES", help="What to search: dropout=0.1,0.2 or learning_rate=1e-4..1e-2:log; may be "
-        "repeated. Learning rate, dropout, batch size and negatives unless given.")] = None,
+        "--space", metavar="FIELD=VALUES", help="What to search: dropout=0.1,0.2 or learning_rate=1e-4..1e-2:log; "
+        "may be repeated. Learning rate, dropout, batch size and negatives unless given.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="How many, those of earlier calls included.")] = 20,
     minutes: Annotated[float, typer.Option(min=0, help="Start no trial after this much time; 0 for no limit.")] = 0.0,
     name: Annotated[str | None, typer.Option(

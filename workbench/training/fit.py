@@ -196,7 +196,8 @@ class Training:
     def train(self, logger: Any = None, progress: bool = True, more: Sequence[Callback] = (), **settings: Any) -> None:
         "Train to the end, with more callbacks and settings of the trainer."
         left = self.recipe.epochs - self.module.done//self.batches.n_steps
-        callbacks = [self.curve, self.keep, self.budget, *([Progress(self.curve)] if progress else []), *more, self.saver]
+        shown = [Progress(self.curve)] if progress else []
+        callbacks = [self.curve, self.keep, self.budget, *shown, *more, self.saver]
         make_trainer(self.recipe, logger, callbacks, max_epochs=left, **settings).fit(self.module, self.batches)
 
 

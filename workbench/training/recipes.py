@@ -103,7 +103,8 @@ def refuse_unknown(names: Iterable[str], where: str = "") -> None:  # where: the
     "Raise `RecipeError` for the first name that is no field of a recipe."
     unknown = sorted(set(names) - set(Recipe.__dataclass_fields__))
     if unknown:
-        raise RecipeError(f"{where}a recipe has no field {unknown[0]!r}: it has {', '.join(Recipe.__dataclass_fields__)}")
+        raise RecipeError(f"{where}a recipe has no field {unknown[0]!r}: it has "
+                          f"{', '.join(Recipe.__dataclass_fields__)}")
 
 def sized(
     name: str,                  # of the recipe, without its size
@@ -153,7 +154,8 @@ def load_recipe(path: str | Path) -> Recipe:
     "Read a recipe from a file; raises `RecipeError` when it is none, or one of its fields is unknown or out of range."
     try: fields = read_json(path)
     except (WorkbenchError, OSError) as error: raise RecipeError(f"no recipe can be read: {error}") from None
-    if not isinstance(fields, dict): raise RecipeError(f"{path} holds no recipe: write an object with fields of a recipe")
+    if not isinstance(fields, dict):
+        raise RecipeError(f"{path} holds no recipe: write an object with fields of a recipe")
     refuse_unknown(fields, f"{path}: ")
     try: return Recipe(**fields)
     except (RecipeError, TypeError) as error: raise RecipeError(f"{path}: {error}") from None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Space', 'Track', 'STARTUP', 'Choices', 'Range', 'parse_value', 'parse_space', 'check_space', 'default_space',
            'Report', 'proposed', 'no_track', 'attempt', 'open_study', 'take_up', 'begin', 'counted', 'trial_row',
-           'Sweep', 'plot_sweep', 'importances', 'one_more', 'sweep']
+           'Sweep', 'trial_table', 'plot_sweep', 'importances', 'one_more', 'sweep']
 
 # %% ../../nbs/training/11_sweep.ipynb #ef52a3ed
 import shutil, sys, time
@@ -68,7 +68,8 @@ def parse_space(texts: Sequence[str]) -> Space:
         refuse_unknown([field], "--space: ")
         span, colon, scale = values.partition(":")
         low, dots, high = span.partition("..")
-        if colon and (scale != "log" or not dots): raise UsageError(f"--space {text}: after a colon comes log, of a range")
+        if colon and (scale != "log" or not dots):
+            raise UsageError(f"--space {text}: after a colon comes log, of a range")
         space[field] = (Range(parse_value(field, low), parse_value(field, high), bool(colon)) if dots
                         else Choices(tuple(parse_value(field, each.strip()) for each in values.split(","))))
     return space
@@ -79,9 +80,12 @@ def check_space(space: Space, recipe: Recipe) -> None:
     if not space: raise UsageError("the space is empty: nothing would be searched")
     refuse_unknown(space, "the space: ")
     for field, each in space.items():
-        if field in ("name", "seed", "minutes"): raise UsageError(f"{field} is not to be searched: leave it out of the space")
-        if not each.ends() or len(set(each.ends())) < len(each.ends()) or (isinstance(each, Range) and each.low >= each.high):
-            raise UsageError(f"the values of {field} ({each}) are empty or repeat themselves: write them low to high, each once")
+        if field in ("name", "seed", "minutes"):
+            raise UsageError(f"{field} is not to be searched: leave it out of the space")
+        ends = each.ends()
+        if not ends or len(set(ends)) < len(ends) or (isinstance(each, Range) and each.low >= each.high):
+            raise UsageError(f"the values of {field} ({each}) are empty or repeat themselves: write them low to high, "
+                             "each once")
         if isinstance(each, Range) and (isinstance(getattr(recipe, field), bool | str) or (each.log and each.low <= 0)):
             raise UsageError(f"{field} ({each}) cannot be a range" + " on a logarithmic scale: begin above 0"*each.log)
         for value in each.ends(): replace(recipe, **{field: value} | ({"heads": 1} if field == "width" else {}))
@@ -90,7 +94,8 @@ def default_space(recipe: Recipe) -> Space:  # recipe: decided
     "Return what is searched unless somebody says otherwise: what matters most, around the recipe's own values."
     rate, batch = recipe.learning_rate, recipe.batch_size
     sizes = sorted({max(1, batch//2), batch, 2*batch})
-    space: Space = {"learning_rate": Range(rate/5, rate*5, log=True), "dropout": Range(0.0, 0.5), "batch_size": Choices((*sizes,))}
+    space: Space = {"learning_rate": Range(rate/5, rate*5, log=True), "dropout": Range(0.0, 0.5),
+                    "batch_size": Choices((*sizes,))}
     if recipe.loss == "cross_entropy": return space
     return space | {"negatives": Choices((max(1, recipe.negatives//2), recipe.negatives, 2*recipe.negatives))}
 
@@ -124,6 +129,7 @@ def proposed(trial: "Trial", space: Space, recipe: Recipe) -> Recipe:
             found[field] = suggest(field, each.low, each.high, log=each.log)
     return replace(recipe, **found)
 
+# %% ../../nbs/training/11_sweep.ipynb #e501664e
 Track = Callable[[str, Recipe], AbstractContextManager[Any]]     # name and recipe → a block with a Lightning logger
 
 def no_track(name: str, recipe: Recipe) -> AbstractContextManager[None]:
@@ -158,10 +164,11 @@ def open_study(folder: Path, name: str, facts: dict[str, Any]) -> "Study":
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = private_folder(folder)/"study.db"
     try:
-        study = optuna.create_study(storage=f"sqlite:///{path}", study_name=name, load_if_exists=True, direction="maximize",
-                                    pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP))
+        study = optuna.create_study(storage=f"sqlite:///{path}", study_name=name, load_if_exists=True,
+                                    direction="maximize", pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP))
     except Exception as error:
-        raise TrainingError(f"the sweep in {path} cannot be opened ({str(error).splitlines()[0]}): move it aside") from None
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"the sweep in {path} cannot be opened ({reason}): move it aside") from None
     if not study.user_attrs: study.set_user_attr("facts", facts)
     if listed := differences(study.user_attrs["facts"], facts):
         raise UsageError(f"sweep {name} is another one ({'; '.join(listed[:5])}): choose another name")
@@ -196,9 +203,11 @@ def trial_row(trial: "FrozenTrial", killed: bool) -> dict[str, Any]:
     curve = {str(step): value for step, value in sorted(trial.intermediate_values.items())}
     seconds = trial.duration.total_seconds() if trial.duration else None
     return {"trial": trial.number, "state": words[trial.state.name], "ndcg@10": trial.value, "seconds": seconds,
-            "parameters": trial.params, "curve": curve, "reason": "its process was killed" if killed else trial.user_attrs.get("reason", ""),
+            "parameters": trial.params, "curve": curve,
+            "reason": "its process was killed" if killed else trial.user_attrs.get("reason", ""),
             "recipe": trial.user_attrs.get("recipe")}
 
+# %% ../../nbs/training/11_sweep.ipynb #6ef3ef51
 @dataclass(frozen=True)
 class Sweep:
     "The trials of a sweep so far."
@@ -218,14 +227,7 @@ class Sweep:
     @property
     def recipe(self) -> Recipe: return Recipe(**self.best["recipe"])
 
-    def table(self) -> Table:
-        "Return a row for each trial, the best first."
-        order = sorted(self.trials, key=lambda each: (each["state"] != "complete", -(each["ndcg@10"] or 0), each["trial"]))
-        rows = [{"trial": each["trial"], "state": each["state"], "ndcg@10": each["ndcg@10"], **each["parameters"],
-                 "epochs": max(map(int, each["curve"]), default=None), "time": each["seconds"], "reason": each["reason"]}
-                for each in order]
-        return Table(rows, f"Sweep {self.name}", {"time": "s"})
-
+    def table(self) -> Table: return trial_table(self)
     def lines(self) -> list[str]:
         "Say in lines what was found."
         states = [each["state"] for each in self.trials]
@@ -251,6 +253,15 @@ class Sweep:
         return Group(*map(Text, self.lines()), self.table().__rich__())
 
 # %% ../../nbs/training/11_sweep.ipynb #85b52856
+def trial_table(found: Sweep) -> Table:
+    "Return a row for each trial, the best first."
+    order = sorted(found.trials, key=lambda each: (each["state"] != "complete", -(each["ndcg@10"] or 0)))
+    rows = [{"trial": each["trial"], "state": each["state"], "ndcg@10": each["ndcg@10"], **each["parameters"],
+             "epochs": max(map(int, each["curve"]), default=None), "time": each["seconds"],
+             "reason": each["reason"]}
+            for each in order]
+    return Table(rows, f"Sweep {found.name}", {"time": "s"})
+
 def plot_sweep(found: Sweep) -> "Figure":
     "Draw what each trial reached, and the validations of each."
     from matplotlib import pyplot
@@ -258,8 +269,9 @@ def plot_sweep(found: Sweep) -> "Figure":
     pyplot.close(figure)                           # shown where it is returned to, and only there
     for state, colour, marker in (("complete", "C0", "o"), ("pruned", "C7", "x")):
         rows = [each for each in found.trials if each["state"] == state and each["ndcg@10"] is not None]
-        left.plot([each["trial"] for each in rows], [each["ndcg@10"] for each in rows], marker, color=colour, label=state)
-        for each in rows: right.plot([int(epoch) for epoch in each["curve"]], [*each["curve"].values()], color=colour, alpha=0.6)
+        reached = [each["ndcg@10"] for each in rows]
+        left.plot([each["trial"] for each in rows], reached, marker, color=colour, label=state)
+        for each in rows: right.plot([*map(int, each["curve"])], [*each["curve"].values()], color=colour, alpha=0.6)
     best = found.best
     left.plot(best["trial"], best["ndcg@10"], "*", color="C2", markersize=14, label="best")
     left.set(xlabel="trial", ylabel="validation NDCG@10")
@@ -272,7 +284,8 @@ def importances(study: "Study") -> dict[str, float]:
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
     from optuna.trial import TrialState
     if len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < STARTUP: return {}
-    return {name: float(share) for name, share in get_param_importances(study, evaluator=PedAnovaImportanceEvaluator()).items()}
+    found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    return {name: float(share) for name, share in found.items()}
 
 # %% ../../nbs/training/11_sweep.ipynb #2a3c0685
 def one_more(study: "Study", space: Space, recipe: Recipe, histories: Histories, folder: Path, track: Track) -> str:
@@ -283,16 +296,18 @@ def one_more(study: "Study", space: Space, recipe: Recipe, histories: Histories,
     trial = study.ask()
     try: run, pruned = attempt(trial, space, recipe, histories, folder, track)
     except Interrupted:
-        raise Interrupted(f"sweep {study.study_name} was stopped in trial {trial.number}, and that is saved: the same sweep "
-                          "goes on there") from None
+        raise Interrupted(f"sweep {study.study_name} was stopped in trial {trial.number}, and that is saved: the same "
+                          "sweep goes on there") from None
     except (WorkbenchError, RuntimeError) as error:
         trial.set_user_attr("reason", str(error).splitlines()[0])
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return f"trial {trial.number} failed: {str(error).splitlines()[0]}"
     value = run.metrics["ndcg@10"]
     study.tell(trial, None if pruned else value, optuna.trial.TrialState.PRUNED if pruned else None)
-    return f"trial {trial.number}{' pruned' if pruned else ''}: NDCG@10 {value:.4f} after {run.metrics['epochs']} epochs"
+    how = " pruned" if pruned else ""
+    return f"trial {trial.number}{how}: NDCG@10 {value:.4f} after {run.metrics['epochs']} epochs"
 
+# %% ../../nbs/training/11_sweep.ipynb #7e432414
 def sweep(
     recipe: Recipe,                    # to start from; what is not in the space stays as it is
     histories: Histories,              # what to train on
@@ -305,12 +320,14 @@ def sweep(
     progress: bool = True,             # show what became of each
 ) -> Sweep:
     "Search for a better recipe; the same call goes on where an earlier one was interrupted."
-    if trials < 1 or not 0 <= minutes < 1e6: raise UsageError(f"trials is {trials} and minutes {minutes}: choose 1 or more")
+    if trials < 1 or not 0 <= minutes < 1e6:
+        raise UsageError(f"trials is {trials} and minutes {minutes}: choose 1 or more")
     folder, began = Path(folder), time.monotonic()
     recipe = decide(recipe, histories.train)
     space = space or default_space(recipe)
     check_space(space, recipe)
-    facts = {"data": histories.fingerprint, "recipe": recipe.to_dict(), "space": {field: str(each) for field, each in space.items()}}
+    facts = {"data": histories.fingerprint, "recipe": recipe.to_dict(),
+             "space": {field: str(each) for field, each in space.items()}}
     with hold_lock(folder/"sweep.lock", f"sweep {name}"):
         study = open_study(folder, name, facts)
         take_up(study)
@@ -319,5 +336,6 @@ def sweep(
             told = one_more(study, space, recipe, histories, folder, track)
             if progress: print(f"{told} ({counted(study)} of {trials})", file=sys.stderr, flush=True)
         killed = study.user_attrs.get("killed", [])
-        rows = [trial_row(each, each.number in killed) for each in study.get_trials(deepcopy=False) if each.state.name != "WAITING"]
+        rows = [trial_row(each, each.number in killed) for each in study.get_trials(deepcopy=False)
+                if each.state.name != "WAITING"]
         return Sweep(name, histories.name, rows, importances(study))

@@ -59,6 +59,7 @@ def other_optimiser(setting: Setting, histories: Histories) -> Choices:
     "AdamW in several kernels, to show what the one is worth."
     return {"not fused": replace(setting, fused=False)}
 
+# %% ../../nbs/training/10_throughput.ipynb #5833fc9e
 def slow_bfloat16() -> str:  # empty: it is there
     "Say why bfloat16 would be slow here."
     if torch.cuda.is_available(): return "" if torch.cuda.is_bf16_supported() else "this GPU has no bfloat16"
@@ -118,8 +119,8 @@ class Search:
 
     def note(self, name: str, value: str, verdict: str, **found: Any) -> None:
         "Keep a row, and show it."
-        self.rows.append({"setting": name, "value": value, "targets_per_second": None, "ratio": None, "difference": None,
-                          **found, "verdict": verdict})
+        self.rows.append({"setting": name, "value": value, "targets_per_second": None, "ratio": None,
+                          "difference": None, **found, "verdict": verdict})
         speed = f" {found['ratio']:.2f}×" if found.get("ratio") else ""
         if self.progress: print(f"{name} {value}{speed}: {verdict} ({max(0, self.left()):.0f} s left)", file=sys.stderr)
 
@@ -131,9 +132,11 @@ def listen(search: Search) -> str:  # empty: done
     if search.noise is not None: return ""
     targets = min(0.6*search.left()/(SEEDS + CHECKS)*search.rate, 5*search.n_targets)
     steps = targets*search.n_steps/search.n_targets
-    if steps < LEAST: return f"no time to see whether it learns as well: {steps:.0f} optimiser steps, {LEAST} are the least"
+    if steps < LEAST:
+        return f"no time to see whether it learns as well: {steps:.0f} optimiser steps, {LEAST} are the least"
     seed = search.default.recipe.seed
-    search.noise = Noise([learn(replace(search.default, threads=search.best.threads), search.histories, targets, each % 2**32)
+    default = replace(search.default, threads=search.best.threads)
+    search.noise = Noise([learn(default, search.histories, targets, each % 2**32)
                           for each in range(seed, seed + SEEDS)], targets)
     return ""
 
@@ -162,7 +165,8 @@ def settle(search: Search, name: str, choices: dict[str, Setting], seconds: floa
         may, found, verdict = True, {}, "kept: faster"
         if each.reason: may, verdict = False, f"failed: {each.reason}"
         elif name in SHOWN: may, verdict = False, "for comparison: fit takes the fused one"
-        elif not faster(each, base): may, verdict = False, "not faster beyond doubt" if len(each.rates) > 1 else "no time for two rounds"
+        elif len(each.rates) < 2: may, verdict = False, "no time for two rounds"
+        elif not faster(each, base): may, verdict = False, "not faster beyond doubt"
         elif kept: may, verdict = False, "faster, but another was kept"
         elif name in LEARNS: may, found, verdict = learns(search, name, each, choices[each.value])
         if may: kept, search.best = True, choices[each.value]
@@ -173,7 +177,8 @@ def go_through(search: Search) -> None:
     for number, (name, others) in enumerate(TRIED.items()):
         choices = others(search.best, search.histories)
         if search.left() <= 0: choices = "the time was up"
-        elif name == "steps" and search.step > SLOW: choices = f"a step takes {1e3*search.step:,.0f} ms, a call adds 1 at most"
+        elif name == "steps" and search.step > SLOW:
+            choices = f"a step takes {1e3*search.step:,.0f} ms, a call adds 1 at most"
         elif name == "compile" and search.left() < COMPILING and not search.best.recipe.compile:
             choices = f"{search.left():.0f} s were left, and compiling may take {COMPILING:.0f}"
         if isinstance(choices, str): search.note(name, "", f"not tried: {choices}")
@@ -188,7 +193,7 @@ def confirm(search: Search) -> tuple[Entrant, Entrant]:  # the default, and what
     before, *others = entrants
     best = max((each for each in others if faster(each, before)), key=lambda each: ratio(each, before), default=before)
     if search.best != search.default:
-        verdict = "kept" if best is others[0] else "slower now than with its own threads" if best in others else "not faster now"
+        verdict = "kept" if best is others[0] else "not faster now" if best is before else "the default's threads are faster"
         search.note("all together", "", verdict + (": the default stays" if best is before else ""),
                     ratio=ratio(others[0], before), targets_per_second=median(others[0].rates))
     search.best = list(wanted)[entrants.index(best)]
@@ -200,6 +205,7 @@ def described(setting: Setting) -> dict[str, Any]:
     fields = ("steps", "packing", "precision", "batch_size", "learning_rate", "warmup", "compile")
     return {"threads": setting.threads, **{name: getattr(setting.recipe, name) for name in fields}}
 
+# %% ../../nbs/training/10_throughput.ipynb #8d19e202
 @dataclass(frozen=True)
 class Tuning:
     "What was tried, and what came of it."
@@ -251,11 +257,12 @@ def summary_lines(tuning: Tuning) -> list[str]:
     name, old, new = tuning.default.recipe.name, median(tuning.before), median(tuning.after)
     quotients = sorted(new/old for old, new in zip(tuning.before, tuning.after, strict=True))
     if tuning.changes:
-        lines = [f"{name} on {tuning.facts['data']}: {old:,.0f} targets a second before, {new:,.0f} after: {tuning.gain:.2f}× "
-                 f"by the median of {len(quotients)} rounds in turn ({quotients[0]:.2f} to {quotients[-1]:.2f})",
+        lines = [f"{name} on {tuning.facts['data']}: {old:,.0f} targets a second before, {new:,.0f} after: "
+                 f"{tuning.gain:.2f}× by the median of {len(quotients)} rounds in turn "
+                 f"({quotients[0]:.2f} to {quotients[-1]:.2f})",
                  "changed: " + ", ".join(f"{name} {old} → {new}" for name, (old, new) in tuning.changes.items())]
-    else: lines = [f"{name} on {tuning.facts['data']}: {old:,.0f} targets a second; nothing that was tried is faster beyond "
-                   "doubt and learns the same"]
+    else: lines = [f"{name} on {tuning.facts['data']}: {old:,.0f} targets a second; nothing that was tried is faster "
+                   "beyond doubt and learns the same"]
     if "threads" in tuning.changes: lines.append(f"threads are no part of a recipe: set [training] threads = "
                                                  f"{tuning.best.threads}")
     if tuning.noise: lines.append(f"the default's validation loss after {tuning.noise.targets:,.0f} targets: "
