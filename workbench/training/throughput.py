@@ -193,7 +193,7 @@ def confirm(search: Search) -> tuple[Entrant, Entrant]:  # the default, and what
     before, *others = entrants
     best = max((each for each in others if faster(each, before)), key=lambda each: ratio(each, before), default=before)
     if search.best != search.default:
-        verdict = "kept" if best is others[0] else "not faster now" if best is before else "the default's threads are faster"
+        verdict = "not faster now" if best is before else "kept" if best is others[0] else "with its old threads"
         search.note("all together", "", verdict + (": the default stays" if best is before else ""),
                     ratio=ratio(others[0], before), targets_per_second=median(others[0].rates))
     search.best = list(wanted)[entrants.index(best)]
