@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Shown', 'PICTURES', 'program', 'next_lines', 'summary', 'finished', 'run_to_end', 'resume_run', 'find_run', 'elapsed',
            'run_rows', 'champion_rows', 'status_of_all', 'left_by', 'winner_of', 'evaluate_again', 'bench_again',
-           'prepared', 'profile_training', 'packaged', 'champion_bundle', 'ask', 'promote_run']
+           'prepared', 'chosen_recipe', 'check_picture', 'draw', 'profile_training', 'packaged', 'champion_bundle',
+           'ask', 'promote_run']
 
 # %% ../../nbs/cli/04_results.ipynb #d8cad4fc
 import io, shutil, sys, tempfile
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from workbench.serving.engine import Answer
     from workbench.tracking.promotion import Decision
     from workbench.training.bottlenecks import Profile
+    from workbench.training.recipes import Recipe
 
 # %% ../../nbs/cli/04_results.ipynb #07e64c01
 Shown = tuple[Any, Sequence[Any]]  # data for programs, parts for people
@@ -161,30 +163,40 @@ def prepared(dataset: str | None, columns: str | None, chosen: Settings) -> "His
         except WorkbenchError: continue
     return load(chosen.data.dataset).histories()
 
+def chosen_recipe(recipe: str | None, size: str | None, chosen: Settings) -> "Recipe":
+    "Return a recipe by name or file; what is None is as the settings say."
+    from workbench.training.recipes import named_or_saved
+    return named_or_saved(recipe or chosen.training.recipe, size or chosen.training.size, chosen.training.seed)
+
+def check_picture(path: Path | None, option: str) -> None:
+    "Raise `UsageError` when a name is not that of a picture."
+    if path and path.suffix not in PICTURES:
+        raise UsageError(f"{option} {path} is no picture: choose a name that ends with {', '.join(PICTURES)}")
+
+def draw(found: Any, path: Path) -> None:  # found: has `plot`
+    "Draw a result into a file."
+    from workbench.files import write_atomic
+    drawn = io.BytesIO()
+    found.plot().savefig(drawn, format=path.suffix[1:], dpi=150)
+    write_atomic(path, drawn.getvalue())
+
+# %% ../../nbs/cli/04_results.ipynb #9c8dad87
 def profile_training(
     dataset: str | None,            # a named data set or the path of a log; None for what the newest run prepared
     columns: str | None,            # of a log, for its user, item and time
-    recipe: str | None,             # a named recipe; None for the one of the settings
+    recipe: str | None,             # a named recipe or a file; None for the one of the settings
     size: str | None,               # of the recipe; None for the one of the settings
     seconds: float,                 # how long to measure
     output: Path | None = None,     # gets the picture; None for none
 ) -> "Profile":
     "Measure where the time of a training step goes, and draw it."
-    from workbench.files import write_atomic
     from workbench.training.fit import set_threads
     from workbench.training.profiling import profile
-    from workbench.training.recipes import recipes
-    if output and output.suffix not in PICTURES:
-        raise UsageError(f"--output {output} is no picture: choose a name that ends with {', '.join(PICTURES)}")
-    chosen = settings()
-    wanted = recipes[recipe or chosen.training.recipe](size=size or chosen.training.size, seed=chosen.training.seed)
-    histories = prepared(dataset, columns, chosen)
+    check_picture(output, "--output")
+    wanted, histories = chosen_recipe(recipe, size, settings()), prepared(dataset, columns, settings())
     set_threads()
     found = profile(wanted, histories, seconds, folder=output.parent if output else None)
-    if output:
-        drawn = io.BytesIO()
-        found.plot().savefig(drawn, format=output.suffix[1:], dpi=150)
-        write_atomic(output, drawn.getvalue())
+    if output: draw(found, output)
     return found
 
 # %% ../../nbs/cli/04_results.ipynb #82bf9158

@@ -9,7 +9,7 @@ __all__ = ['TARGETS', 'SHORT', 'takes', 'decide', 'build_model', 'build_loss', '
 
 # %% ../../nbs/training/05_fit.ipynb #11a3df50
 import ctypes, hashlib, inspect, logging, shutil, sys, tempfile, time, warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -253,6 +253,7 @@ def fit(
     start: Encoder | None = None,            # a model whose weights to begin from, e.g. the champion
     features: torch.Tensor | None = None,    # float32[n_items + 1, F], what is known of the items
     every: float = 20.0,                     # seconds between two checkpoints; has no say in what comes out
+    callbacks: Sequence[Callback] = (),      # more of Lightning's, called after the validation of an epoch
 ) -> Run:
     "Train by a recipe; raises `TrainingError` when the loss is no longer finite, or a checkpoint is of another run."
     folder = Path(folder or tempfile.mkdtemp(prefix="workbench-fit-"))
@@ -262,7 +263,7 @@ def fit(
         torch.manual_seed(recipe.seed)
         training = set_up(recipe, histories, folder, start, features, every)
         if training.go_on() and progress: print(where_it_goes_on(training), file=sys.stderr)
-        if not training.over: training.train(logger, progress)
+        if not training.over: training.train(logger, progress, callbacks)
     return finished(training, time.perf_counter() - began)
 
 def where_it_goes_on(training: Training) -> str:
