@@ -9,7 +9,7 @@ __all__ = ['TARGETS', 'SHORT', 'takes', 'decide', 'build_model', 'build_loss', '
 
 # %% ../../nbs/training/05_fit.ipynb #11a3df50
 import ctypes, hashlib, inspect, logging, shutil, sys, tempfile, time, warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
