@@ -125,7 +125,7 @@ def test_a_train_step_that_was_terminated_goes_on_after_the_step_it_had_saved(tm
     for name in ("prepare", "train"):
         shutil.copy(Path(__file__).parents[1] / "pipelines" / f"{name}.ipynb", tmp_path)
     (tmp_path / "short.toml").write_text("[steps.prepare]\n[steps.train]\nneeds = ['prepare']\n")
-    process = start(home, "run", str(tmp_path / "short.toml"), "-p", "min_history=150", "-p", "train.epochs=55",
+    process = start(home, "run", str(tmp_path / "short.toml"), "-p", "min_history=150", "-p", "size=tiny", "-p", "train.epochs=12",
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(home, "train", process)
     while not list(home.glob("unfinished/train/*/best.ckpt")):
