@@ -21,6 +21,17 @@ def mirror() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    "Models this small are slower on two threads than on one, much slower when the cores are busy."
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(items):
     "Skip what is marked `gpu` where there is no NVIDIA GPU, with the reason."
     if not any("gpu" in item.keywords for item in items):

@@ -23,18 +23,10 @@ from workbench.optimization.variants import compile_variant
 from workbench.training.fit import fit
 from workbench.training.recipes import sasrec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCKS = ["sasrec", "esasrec", "hstu"]
 ALL = [*BLOCKS, "two_tower"]
 N_ITEMS, LENGTH = 150, 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Models this small are slower on two threads than on one, much slower when the cores are busy."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name, features=None, dropout=0.0, **changes):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from logs import write_csv
 
 from workbench.data.histories import pack
 from workbench.training import profiling
@@ -16,16 +17,9 @@ from workbench.training.bottlenecks import PARTS, with_gradients
 from workbench.training.profiling import profile
 from workbench.training.recipes import sasrec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = {"length": 20, "batch_size": 32, "steps": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def plays(items: int, users: int = 200, each: int = 25) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -104,10 +98,7 @@ def workbench(home: Path, *words: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def log(tmp_path) -> Path:
-    path = tmp_path / "plays.csv"
-    rows = [f"{user},{item},{1_600_000_000 + time}" for user, item, time in zip(*plays(60), strict=True)]
-    path.write_text("\n".join(["user_id,item_id,timestamp", *rows]))
-    return path
+    return write_csv(histories(), tmp_path / "plays.csv")
 
 
 def test_the_command_profiles_a_log_for_programs_and_draws_it(tmp_path, log):

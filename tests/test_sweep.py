@@ -8,12 +8,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import optuna
 import pytest
-import torch
+from logs import write_csv
 
-from workbench.data.histories import pack
+from workbench.data import synthetic
 from workbench.errors import Interrupted, RecipeError, TrainingError, UsageError, WorkbenchError
 from workbench.files import hold_lock
 from workbench.training import sweep as sweeping
@@ -21,34 +20,15 @@ from workbench.training.fit import fit
 from workbench.training.recipes import load_recipe, sasrec, save_recipe
 from workbench.training.sweep import Choices, Range, parse_space, sweep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = {"length": 20, "batch_size": 64, "learning_rate": 5e-3, "warmup": 10, "epochs": 8, "check_every": 1}
 RATES = {"learning_rate": Choices((1e-6, 2e-3, 5e-3)), "dropout": Range(0.0, 0.5)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def plays(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Listeners who walk through sixty items, mostly one step at a time."
-    rng = np.random.default_rng(seed)
-    steps = np.where(rng.random((200, 25)) < 0.8, 1, rng.integers(0, 60, (200, 25)))
-    track = (rng.integers(0, 60, (200, 1)) + steps.cumsum(1)) % 60
-    return np.repeat(np.arange(200), 25), track.ravel(), np.tile(np.arange(25), 200)
-
-
-def log_of(seed: int = 0):
-    return pack("walks", *plays(seed), np.arange(200).astype(str), np.arange(60).astype(str), exclude_seen=False)
-
-
 @pytest.fixture(scope="module")
 def walks():
-    return log_of()
+    return synthetic.walks(200, plays=25)
 
 
 def study_in(folder: Path) -> optuna.Study:
@@ -108,7 +88,7 @@ def test_a_stopped_trial_is_taken_up_where_it_was(walks, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("change", "told"), [
-    (lambda given: given | {"histories": log_of(seed=1)}, "data was"),
+    (lambda given: given | {"histories": synthetic.walks(200, plays=25, seed=1)}, "data was"),
     (lambda given: given | {"recipe": replace(given["recipe"], length=10)}, "recipe.length was 20, now 10"),
     (lambda given: given | {"space": {"dropout": Range(0.0, 0.4)}}, "space.dropout was 0.0..0.5, now 0.0..0.4")])
 def test_another_search_under_the_same_name_is_refused_with_the_difference(walks, tmp_path, change, told):
@@ -149,8 +129,7 @@ def words(*given: str) -> list[str]:
 
 
 def test_a_sweep_killed_with_9_goes_on_and_every_trial_is_a_run_below_it(tmp_path):
-    log, home, recipe = tmp_path / "plays.csv", tmp_path / "home", tmp_path / "start.json"
-    log.write_text("\n".join(["user_id,item_id,timestamp", *(f"{u},{i},{1_600_000_000 + t}" for u, i, t in zip(*plays(), strict=True))]))
+    home, recipe, log = tmp_path / "home", tmp_path / "start.json", write_csv(synthetic.walks(200, plays=25), tmp_path / "plays.csv")
     save_recipe(sasrec("tiny", **QUICK | {"epochs": 60, "patience": 1000, "packing": "off"}), recipe)
     environment = os.environ | {"WORKBENCH_PATHS_HOME": str(home), "WORKBENCH_TRAINING_THREADS": "1"}
     given = words("--dataset", str(log), "--recipe", str(recipe), "--space", "dropout=0.0,0.1,0.2", "--name", "night", "--trials", "2")

@@ -7,11 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from logs import write_csv
 
-from workbench.data.histories import pack
+from workbench.data import synthetic
 from workbench.errors import RecipeError, UsageError
 from workbench.training import throughput
 from workbench.training.comparison import Noise, Setting, learn
@@ -19,29 +19,14 @@ from workbench.training.fit import decide, fit, quiet
 from workbench.training.recipes import load_recipe, sasrec, save_recipe
 from workbench.training.throughput import Search, changed, settle, tune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = {"length": 20, "batch_size": 32, "steps": 4, "learning_rate": 5e-3, "warmup": 10}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def plays(users: int = 200, each: int = 25) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Listeners who walk through sixty items, mostly one step at a time."
-    rng = np.random.default_rng(0)
-    steps = np.where(rng.random((users, each)) < 0.8, 1, rng.integers(0, 60, (users, each)))
-    track = (rng.integers(0, 60, (users, 1)) + steps.cumsum(1)) % 60
-    return np.repeat(np.arange(users), each), track.ravel(), np.tile(np.arange(each), users)
-
-
 @pytest.fixture(scope="module")
 def walks():
-    return pack("walks", *plays(), np.arange(200).astype(str), np.arange(60).astype(str), exclude_seen=False)
+    return synthetic.walks(200, plays=25)
 
 
 @pytest.fixture
@@ -153,10 +138,7 @@ def environment(home: Path) -> dict[str, str]:
 
 @pytest.fixture
 def log(tmp_path) -> Path:
-    path = tmp_path / "plays.csv"
-    rows = [f"{user},{item},{1_600_000_000 + time}" for user, item, time in zip(*plays(), strict=True)]
-    path.write_text("\n".join(["user_id,item_id,timestamp", *rows]))
-    return path
+    return write_csv(synthetic.walks(200, plays=25), tmp_path / "plays.csv")
 
 
 def test_the_command_writes_a_recipe_and_a_run_takes_it(tmp_path, log):

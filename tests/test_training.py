@@ -1,10 +1,11 @@
 """Training keeps its word: the same seed gives the same weights, NaN stops a run, bad recipes are named."""
-import numpy as np
+import signal
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from workbench.data.histories import pack
+from workbench.data import synthetic
 from workbench.errors import RecipeError, TrainingError
 from workbench.training import checkpoints
 from workbench.training import fit as fitting
@@ -12,26 +13,13 @@ from workbench.training.checkpoints import load_checkpoint, newest_state, save_s
 from workbench.training.fit import fit
 from workbench.training.recipes import Recipe, sasrec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"length": 20, "epochs": 6, "check_every": 2, "warmup": 5, "learning_rate": 5e-3, "batch_size": 32}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Models this small are slower on two threads than on one, much slower when the cores are busy."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def walks():
-    "Listeners who walk through sixty items, mostly one step at a time."
-    rng = np.random.default_rng(0)
-    steps = np.where(rng.random((200, 25)) < 0.8, 1, rng.integers(0, 60, (200, 25)))
-    track = (rng.integers(0, 60, (200, 1)) + steps.cumsum(1)) % 60
-    return pack("walks", np.repeat(np.arange(200), 25), track.ravel(), np.tile(np.arange(25), 200),
-                np.arange(200).astype(str), np.arange(60).astype(str), exclude_seen=False)
+    return synthetic.walks(200, plays=25)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "sampled_softmax", "gbce"])
@@ -84,6 +72,21 @@ def test_weights_that_are_not_finite_would_be_saved_without_the_check(tmp_path, 
     monkeypatch.setattr(checkpoints, "all_finite", lambda weights: True)
     save_state(tmp_path, state, {})
     assert newest_state(tmp_path)[0]["weights"]["w"].isnan().all()
+
+
+class Interrupting(Callback):
+    "Stands for a person who presses Ctrl-C twice."
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_comes_out_as_one_and_the_next_is_heard(walks):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(sasrec("tiny", **QUICK), walks, progress=False, callbacks=[Interrupting()])
+    assert signal.getsignal(signal.SIGINT) is before
+    assert fit(sasrec("tiny", **QUICK | {"epochs": 1}), walks, progress=False).metrics["epochs"] == 1
 
 
 def test_a_run_stops_when_validation_no_longer_improves(walks):

@@ -7,6 +7,7 @@ __all__ = ['ItemTower', 'decayed', 'Towers', 'TwoTower']
 
 # %% ../../nbs/models/05_two_tower.ipynb #5fed44db
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,8 @@ from .ranker import models
 # %% ../../nbs/models/05_two_tower.ipynb #e5a009ac
 class ItemTower(ItemVectors):
     "Item vectors passed through a small network, of unit length."
-    def __init__(
-        self,
-        n_items: int,                      # size of the catalogue
-        width: int,                        # of the vectors
-        features: Tensor | None = None,    # float[n_items + 1, F], row 0 for the padding
-        id_dropout: float = 0.0,           # share of the items' own rows dropped in training, where there are features
-    ):
-        super().__init__(n_items, width, features, id_dropout)
+    def __init__(self, n_items: int, width: int, *features: Any):  # as `ItemVectors` takes them
+        super().__init__(n_items, width, *features)
         self.network = nn.Sequential(nn.Linear(width, 2*width, bias=False), nn.GELU(),
                                      nn.Linear(2*width, width, bias=False))
 

@@ -27,7 +27,8 @@ from ..models.baselines import (
     Blend, Neighbours, fit_popularity, item_counts, neighbours_from_counts, pair_counts)
 from ..models.ranker import Ranker, load_model, save_model
 from ..tables import Table
-from .fit import Run, sample_cases, validate
+from .callbacks import sample_cases, validate
+from .fit import Run
 
 # %% ../../nbs/training/06_candidates.ipynb #a959f48e
 @dataclass(frozen=True)

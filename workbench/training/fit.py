@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'SHORT', 'takes', 'decide', 'build_model', 'build_loss', 'build_batches', 'Run', 'quiet', 'summarise',
-           'set_threads', 'keep_memory', 'make_trainer', 'digest', 'run_facts', 'Training', 'set_up', 'begin_from',
-           'fit', 'where_it_goes_on', 'finished']
+           'set_threads', 'keep_memory', 'make_trainer', 'run_trainer', 'digest', 'run_facts', 'Training', 'set_up',
+           'begin_from', 'fit', 'where_it_goes_on', 'finished']
 
 # %% ../../nbs/training/05_fit.ipynb #11a3df50
-import ctypes, hashlib, inspect, logging, shutil, sys, tempfile, time, warnings
+import ctypes, hashlib, inspect, logging, shutil, signal, sys, tempfile, time, warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -147,10 +147,21 @@ def keep_memory() -> bool:  # whether there was somebody to tell
 # %% ../../nbs/training/05_fit.ipynb #a7b48359
 def make_trainer(recipe: Recipe, logger: Any, callbacks: list[Callback], **settings: Any) -> lightning.Trainer:
     "Return a Lightning trainer that adds nothing of its own around a step."
+    keep_memory()
     return lightning.Trainer(**{
         "max_epochs": recipe.epochs, "logger": logger or False, "callbacks": callbacks, "accelerator": "auto",
         "devices": 1, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0,
         "enable_model_summary": False, **settings})
+
+# %% ../../nbs/training/05_fit.ipynb #20faf673
+def run_trainer(trainer: lightning.Trainer, module: SequenceModule, batches: WindowBatches) -> None:
+    "Let a trainer fit; Ctrl-C comes out as KeyboardInterrupt."
+    handler = signal.getsignal(signal.SIGINT)
+    try: trainer.fit(module, batches)
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, KeyboardInterrupt): raise
+        signal.signal(signal.SIGINT, handler)
+        raise ended.__context__ from None
 
 # %% ../../nbs/training/05_fit.ipynb #0d6cc5aa
 def digest(weights: dict[str, torch.Tensor]) -> str:  # 16 hexadecimal digits
@@ -209,7 +220,8 @@ class Training:
         left = self.recipe.epochs - self.module.done//self.batches.n_steps
         shown = [Progress(self.curve)] if progress else []
         parts = [self.curve, self.keep, self.budget, *shown, *callbacks, self.saver]
-        make_trainer(self.recipe, logger, parts, max_epochs=left, **settings).fit(self.module, self.batches)
+        trainer = make_trainer(self.recipe, logger, parts, max_epochs=left, **settings)
+        run_trainer(trainer, self.module, self.batches)
 
 
 
@@ -258,7 +270,7 @@ def fit(
     "Train by a recipe; raises `TrainingError` when the loss is no longer finite, or a checkpoint is of another run."
     folder = Path(folder or tempfile.mkdtemp(prefix="workbench-fit-"))
     if not resume: shutil.rmtree(folder/"checkpoints", ignore_errors=True)
-    began, _ = time.perf_counter(), keep_memory()
+    began = time.perf_counter()
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(recipe.seed)
         training = set_up(recipe, histories, folder, start, features, every)

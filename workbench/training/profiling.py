@@ -23,7 +23,8 @@ from ..data.histories import Histories
 from ..errors import UsageError
 from .bottlenecks import PARTS, Profile
 from .callbacks import Curve
-from .fit import build_batches, build_loss, build_model, decide, make_trainer, quiet
+from .fit import (
+    build_batches, build_loss, build_model, decide, make_trainer, quiet, run_trainer)
 from .module import SequenceModule
 from .recipes import Recipe
 from .roofline import Operators, Roofline, measure_roofline, size_of, tensors_in, wait_for
@@ -141,7 +142,7 @@ def train_observed(
     endless = replace(recipe, epochs=100_000, check_every=100_000)
     curve = Curve(endless, histories.validation, batches)
     clock.start()
-    make_trainer(endless, None, [curve, Laps(clock, over)]).fit(module, batches)
+    run_trainer(make_trainer(endless, None, [curve, Laps(clock, over)]), module, batches)
     return module, batches
 
 # %% ../../nbs/training/09_profiling.ipynb #d3aae35d

@@ -13,7 +13,7 @@ from measure import Meter, Spec
 
 from workbench.data.histories import Histories
 from workbench.evaluation.protocol import ranks
-from workbench.training.fit import keep_memory, quiet, set_up
+from workbench.training.fit import quiet, set_up
 from workbench.training.recipes import recipes
 
 NAMES = ("width", "blocks", "heads", "length", "dropout", "learning_rate", "batch_size", "loss", "negatives")
@@ -43,7 +43,6 @@ def train(spec: Spec, log: Histories, meter: Meter, ready: Any) -> None:
     "Train one recipe as the spec says."
     recipe = recipes[spec.model](**{"seed": spec.seed, "epochs": spec.epochs or 1000, "check_every": 100_000,
                                     **spec.given(**{name: name for name in NAMES})})
-    keep_memory()
     with quiet(), tempfile.TemporaryDirectory() as folder:
         training = set_up(recipe, log, Path(folder))
         model = training.module.model
