@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PipelineError, UsageError
-from ..files import checksums, hold_lock, private_folder, publish, read_json, verify, write_json
+from ..files import checksums, hold_lock, private_folder, publish, read_json, sweep, verify, write_json
 from .fingerprint import changed_parts
 from .plan import Job
 from .records import now
@@ -93,6 +93,7 @@ def worker(
             process.wait()
             process.stdout.close()
             end_family(context)
+            sweep(run/"notebooks")                   # it may have been writing the notebook down
 
 # %% ../../nbs/pipeline/06_runner.ipynb #c8c0f55f
 def end_family(context: Path) -> list[int]:  # the process ids

@@ -83,16 +83,17 @@ def percent(share: float) -> str:
 
 def with_gradients(profile: Profile, part: str) -> float:
     "Return the share of forward or loss together with its part of the backward pass."
-    own = profile.share(part)
-    return own + profile.share("backward")*own/profile.share("forward", "loss")
+    work = {row["part"]: row["flops"] for row in profile.parts}
+    network = min(1.0, 2*work["forward"]/max(work["backward"], 1))       # the gradients of a product are two products
+    return profile.share(part) + profile.share("backward")*(network if part == "forward" else 1 - network)
 
 def about_padding(profile: Profile) -> Advice | None:
     "Say when much of what is computed is padding."
     lost, facts = profile.facts["padding"], profile.facts
     if lost < 0.3: return None
     return Advice("padding", lost*with_gradients(profile, "forward"),
-                  f"{percent(lost)} of the {facts['positions']:,} positions that a step computes are padding: pack "
-                  f"several histories into one row, or shorten length ({profile.recipe.length})")
+                  f"{percent(lost)} of the {facts['positions']:,} positions that a step computes are padding: "
+                  f"packing=\"on\" lets histories share a row, or shorten length ({profile.recipe.length})")
 
 def about_loss(profile: Profile) -> Advice | None:
     "Say when scoring the whole catalogue is what takes the time."

@@ -200,10 +200,14 @@ class Saver(Callback, Listener):
             self.state = None
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
-        if module.done % self.n_steps: self.save(trainer, module)
+        skipped = not len(outputs["losses"])        # asked to stop before the first step of an epoch
+        if module.done % self.n_steps or skipped: self.save(trainer, module)
 
     def on_train_epoch_end(self, trainer, module):
         self.save(trainer, module, now=trainer.should_stop or module.done >= module.total)
+
+    def on_train_end(self, trainer, module):
+        if self.asked: leave(self.asked, module.done)      # what is asked after the last save
 
     def save(self, trainer, module, now: bool = False) -> None:
         "Save when it is time, or `now`; leave when that was asked for."

@@ -43,22 +43,31 @@ class SequenceModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.model, self.loss, self.recipe, self.total = model, loss, recipe, total
         self.done, self.stopping = 0, False
-        self.encode = torch.compile(model.hidden, dynamic=False) if recipe.compile else model.hidden
+        self.encode, self.uncut_loss = model.hidden, self.whole_loss
+        if recipe.compile:
+            self.encode = torch.compile(model.hidden, dynamic=False)
+            self.uncut_loss = torch.compile(self.whole_loss, dynamic=False, mode="reduce-overhead")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.model.parameters(), lr=self.recipe.learning_rate, betas=(0.9, 0.98),
                                  weight_decay=self.recipe.weight_decay, fused=True)
 
-    def hidden(self, items: Tensor, **known: Tensor) -> Tensor:  # float32[B, L, d]
-        try: return self.encode(items, **known)
-        except torch._dynamo.exc.TorchDynamoException as error: raise not_compiled(error) from error
+    def whole_loss(self, items: Tensor, targets: Tensor, **known: Tensor) -> Tensor:  # of tensors [B, L]
+        "Compute the loss of one optimiser step at all positions."
+        return self.loss(self.model.hidden(items, **known).flatten(0, 1), self.model.item_vectors, targets.flatten())
+
+    def cut_loss(self, items: Tensor, targets: Tensor, **known: Tensor) -> Tensor:  # of tensors [B, L]
+        "Compute the loss of one optimiser step where there are targets."
+        vectors, wanted = at_targets(self.encode(items, **known), targets)
+        return self.loss(vectors, self.model.item_vectors, wanted)
 
     def window_loss(self, batch: Windows) -> Tensor:  # of tensors [B, L]
         "Compute the loss of one optimiser step."
         known = {name: value for name in ("segments", "times") if (value := getattr(batch, name)) is not None}
+        compute = self.uncut_loss if batch.items.is_cuda else self.cut_loss
         with torch.autocast(batch.items.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            vectors, wanted = at_targets(self.hidden(batch.items, **known), batch.targets)
-            return self.loss(vectors, self.model.item_vectors, wanted)
+            try: return compute(batch.items, batch.targets, **known)
+            except torch._dynamo.exc.TorchDynamoException as error: raise not_compiled(error) from error
 
     def one_step(self, optimizer: torch.optim.Optimizer, batch: Windows) -> Tensor:  # of tensors [B, L]
         "Take one optimiser step and return its loss, detached."
@@ -69,14 +78,15 @@ class SequenceModule(lightning.LightningModule):
         if self.recipe.clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         optimizer.step()
         self.done += 1
-        return loss.detach()
+        return loss.detach().clone()      # a CUDA graph writes the next one over it
 
     def training_step(self, batch: Windows, index: int) -> dict[str, Tensor]:  # the mean loss, and that of each step
         first, optimizer, found = self.done, self.optimizers(use_pl_optimizer=False), []
         columns = (batch.items > 0).any(1).sum(1).tolist()         # 0: the last call of an epoch may be partly empty
         for number, end in enumerate(columns):
-            part = batch.step(number, None if self.recipe.compile else end)
-            if end and not self.stopping: found.append(self.one_step(optimizer, part))
+            if not end or self.stopping: continue
+            part = batch.step(number, None if self.recipe.compile or batch.items.is_cuda else end)
+            found.append(self.one_step(optimizer, part))
         losses = torch.stack(found) if found else batch.items.new_zeros(0, dtype=torch.float32)
         check_finite(losses, first)
         return {"loss": losses.mean(), "losses": losses}

@@ -100,7 +100,9 @@ class TimedModule(SequenceModule):
     "The training module of `fit`, with the clock around its parts and a tool around each optimiser step."
     def observe(self, clock: Clock, tools: Callable[[], AbstractContextManager]) -> "TimedModule":
         self.clock, self.tools, self.window = clock, tools, None
-        self.loss.register_forward_pre_hook(lambda *given: clock.change("loss"))
+        def begins(*given: Any) -> None:      # where the loss is compiled with the network, its time is the network's
+            if not torch.compiler.is_compiling(): clock.change("loss")
+        self.loss.register_forward_pre_hook(begins)
         return self
 
     def transfer_batch_to_device(self, *given: Any, **options: Any) -> Any:
