@@ -55,8 +55,9 @@ $(PEERS): pipelines/benchmarks/peers/requirements.txt
 
 peers: $(PEERS) ## make .peers, the environment of the libraries that training is measured against
 
-gpu: ## run what needs an NVIDIA GPU, on a box that has torch, lightning, numpy, onnx and onnxruntime
-	$(PYTHON) -m pytest tests/test_training.py tests/test_profiling.py -m gpu -p no:cacheprovider
+gpu: ## run what needs an NVIDIA GPU and write its page, on a box that has torch, lightning, numpy, onnx and onnxruntime
+	$(PYTHON) -m pytest tests/test_training.py tests/test_profiling.py tests/test_throughput.py -m gpu -p no:cacheprovider
+	$(PYTHON) -m workbench.training.gpu docs/benchmarks/$$(date +%F)-gpu.md
 
 docs: $(READY) ## build the site into site/
 	$(BIN)/pip install --quiet --editable ".[docs]" --constraint requirements.lock

@@ -1,16 +1,19 @@
 """Training keeps its word: the same seed gives the same weights, NaN stops a run, bad recipes are named."""
 import signal
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
 from workbench.data import synthetic
+from workbench.data.batches import Windows
 from workbench.errors import RecipeError, TrainingError
 from workbench.training import checkpoints
 from workbench.training import fit as fitting
 from workbench.training.checkpoints import load_checkpoint, newest_state, save_state
-from workbench.training.fit import fit
+from workbench.training.fit import fit, set_up
 from workbench.training.recipes import Recipe, sasrec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,6 +115,53 @@ def test_an_unknown_loss_is_named_before_anything_is_trained(walks):
         fit(sasrec("tiny", loss="crossentropy"), walks, progress=False)
 
 
+def test_the_tenth_kind_of_network_in_a_process_is_compiled_too(walks, monkeypatch, tmp_path):
+    compiled = partial(torch.compile, backend="eager")       # the limit is in what comes before the backend
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, dynamic=False))
+    def train(times):
+        for number in range(times):
+            training = set_up(sasrec("tiny", compile=True, width=8 + 8*number, **QUICK), walks, tmp_path)
+            training.module.window_loss(next(iter(training.batches)).step(0))
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        train(10)
+        monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+        with pytest.raises(Exception, match="recompile_limit"):
+            train(10)
+
+
 @pytest.mark.gpu
-def test_a_run_on_a_gpu_learns_what_a_run_on_a_cpu_learns(walks):
-    assert fit(sasrec("tiny", **QUICK | {"epochs": 12}), walks, progress=False).metrics["ndcg@10"] > 0.5
+@pytest.mark.parametrize("changes", [
+    {}, {"precision": "bfloat16"}, {"compile": True}, {"loss": "sampled_softmax", "packing": "on"},
+    {"model": "hstu", "compile": True, "precision": "bfloat16"}, {"model": "esasrec", "loss": "sampled_softmax", "compile": True}], ids=str)
+def test_a_run_on_a_gpu_learns_what_a_run_on_a_cpu_learns(walks, changes):
+    assert fit(sasrec("tiny", **QUICK | {"epochs": 12} | changes), walks, progress=False).metrics["ndcg@10"] > 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"compile": True}], ids=str)
+def test_a_gpu_computes_the_loss_and_the_gradients_of_a_cpu(walks, changes, tmp_path):
+    recipe, found = sasrec("tiny", **QUICK | {"dropout": 0.0}), []
+    for device, changed in (("cpu", recipe), ("cuda", replace(recipe, **changes))):
+        torch.manual_seed(0)
+        training = set_up(changed, walks, tmp_path)
+        module, batch = training.module.to(device), next(iter(training.batches)).step(0)
+        loss = module.window_loss(Windows(*(None if each is None else each.to(device) for each in batch)))
+        loss.backward()
+        found.append([loss.detach().cpu(), *(each.grad.cpu() for each in module.model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_that_is_killed_between_two_states_goes_on(walks, tmp_path):
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if module.done > 20:
+                raise RuntimeError("stopped")
+
+    recipe = sasrec("tiny", **QUICK | {"epochs": 8, "compile": True})
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(recipe, walks, tmp_path/"two", progress=False, every=0.0, callbacks=[Stop()])
+    resumed, whole = fit(recipe, walks, tmp_path/"two", progress=False), fit(recipe, walks, tmp_path/"one", progress=False)
+    assert [row["step"] for row in resumed.curve] == [row["step"] for row in whole.curve]
+    assert abs(resumed.metrics["ndcg@10"] - whole.metrics["ndcg@10"]) < 0.1

@@ -2165,6 +2165,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'workbench.training.gpu.Variant': ('training/gpu.html#variant', 'workbench/training/gpu.py'),
                                         'workbench.training.gpu.Work': ('training/gpu.html#work', 'workbench/training/gpu.py'),
                                         'workbench.training.gpu.cost': ('training/gpu.html#cost', 'workbench/training/gpu.py'),
+                                        'workbench.training.gpu.forget_memory': ( 'training/gpu.html#forget_memory',
+                                                                                  'workbench/training/gpu.py'),
                                         'workbench.training.gpu.histories_for': ( 'training/gpu.html#histories_for',
                                                                                   'workbench/training/gpu.py'),
                                         'workbench.training.gpu.loss_memory': ( 'training/gpu.html#loss_memory',

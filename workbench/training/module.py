@@ -45,6 +45,7 @@ class SequenceModule(lightning.LightningModule):
         self.done, self.stopping = 0, False
         self.encode, self.uncut_loss = model.hidden, self.whole_loss
         if recipe.compile:
+            torch.compiler.reset()
             self.encode = torch.compile(model.hidden, dynamic=False)
             self.uncut_loss = torch.compile(self.whole_loss, dynamic=False, mode="reduce-overhead")
 
