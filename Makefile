@@ -19,7 +19,7 @@ help: ## list the targets
 
 $(READY): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable ".[dev]" --constraint requirements.lock
+	$(BIN)/pip install --quiet --editable ".[dev,scale]" --constraint requirements.lock
 	$(BIN)/python -m ipykernel install --prefix .venv --name workbench --display-name Workbench
 	touch $@
 

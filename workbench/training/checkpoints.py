@@ -183,9 +183,15 @@ class Saver(Callback, Listener):
         self.folder, self.facts, self.parts, self.n_steps, self.every = folder, facts, parts, n_steps, every
         self.state, self.last = None, 0.0          # what to go on from, and when the last one was saved
 
+    def newest(self) -> tuple[dict[str, Any], dict[str, Any]] | None: return newest_state(self.folder)
+    def random(self) -> Any: return random_state()
+    def set_random(self, state: Any) -> None: set_random_state(state)
+    def write(self, state: dict[str, Any]) -> None: save_state(self.folder, state, self.facts)
+    def due(self) -> bool: return bool(self.asked) or time.monotonic() - self.last >= self.every
+
     def resume(self) -> bool:
         "Read what there is to go on from; raises `TrainingError` when it belongs to another run."
-        if (found := newest_state(self.folder)) is None: return False
+        if (found := self.newest()) is None: return False
         self.state, facts = found
         refuse_another(facts, self.facts, self.folder)
         for name, part in self.parts.items(): part.load_state_dict(self.state[name])
@@ -196,7 +202,7 @@ class Saver(Callback, Listener):
         self.listen(module)
         if self.state is not None:
             trainer.strategy.load_optimizer_state_dict({"optimizer_states": [self.state.pop("optimizer")]})
-            set_random_state(self.state["random"])
+            self.set_random(self.state["random"])
             self.state = None
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
@@ -207,10 +213,9 @@ class Saver(Callback, Listener):
 
     def save(self, trainer, module, now: bool = False) -> None:
         "Save when it is time, or `now`; leave when that was asked for."
-        if not (now or self.asked or time.monotonic() - self.last >= self.every): return
+        if not (now or self.due()): return
         optimizer = trainer.strategy.optimizer_state(trainer.optimizers[0])
-        save_state(self.folder, {"weights": module.model.state_dict(), "optimizer": optimizer, "step": module.done,
-                                 "random": random_state(),
-                                 **{name: part.state_dict() for name, part in self.parts.items()}}, self.facts)
+        self.write({"weights": module.model.state_dict(), "optimizer": optimizer, "step": module.done,
+                    "random": self.random(), **{name: part.state_dict() for name, part in self.parts.items()}})
         self.last = time.monotonic()
         if self.asked: leave(self.asked, module.done)

@@ -50,16 +50,21 @@ class SequenceModule(lightning.LightningModule):
             vectors, wanted = at_targets(self.model.hidden(batch.items, **known), batch.targets)
             return self.loss(vectors, self.model.item_vectors, wanted)
 
+    def gradients(self, batch: Windows) -> Tensor:  # of tensors [B, L]
+        "Compute the gradients of one optimiser step and return its loss, detached."
+        loss = self.window_loss(batch)
+        self.manual_backward(loss)
+        return loss.detach()
+
     def one_step(self, optimizer: torch.optim.Optimizer, batch: Windows) -> Tensor:  # of tensors [B, L]
         "Take one optimiser step and return its loss, detached."
         optimizer.param_groups[0]["lr"] = learning_rate(self.recipe, self.done, self.total)
         optimizer.zero_grad()
-        loss = self.window_loss(batch)
-        self.manual_backward(loss)
+        loss = self.gradients(batch)
         if self.recipe.clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         optimizer.step()
         self.done += 1
-        return loss.detach()
+        return loss
 
     def training_step(self, batch: Windows, index: int) -> dict[str, Tensor]:  # the mean loss, and that of each step
         first, optimizer, found = self.done, self.optimizers(use_pl_optimizer=False), []
