@@ -124,13 +124,14 @@ class SharedSaver(Saver):
 
 # %% ../../nbs/training/12_scaling.ipynb #193dcbd1
 def join(training: Training, workers: int) -> Training:
-    "Turn what `set_up` built into a worker's part of it; the first worker's random numbers are those of a single process."
+    "Turn what `set_up` built into a worker's part of it; the first worker draws what a single process would."
     module, old = training.module, training.saver
     curve = SharedCurve(training.recipe, training.curve.split, training.batches)
     keep = SharedKeep(curve, training.keep.path)
-    saver = SharedSaver(old.folder, old.facts | {"workers": workers}, {"curve": curve, "keep": keep, "budget": training.budget},
-                        old.n_steps, old.every)
-    if rank := distributed.get_rank(): torch.manual_seed(int(np.random.SeedSequence([training.recipe.seed, rank]).generate_state(1)[0]))
+    parts = {"curve": curve, "keep": keep, "budget": training.budget}
+    saver = SharedSaver(old.folder, old.facts | {"workers": workers}, parts, old.n_steps, old.every)
+    if rank := distributed.get_rank():
+        torch.manual_seed(int(np.random.SeedSequence([training.recipe.seed, rank]).generate_state(1)[0]))
     return replace(training, module=SharedModule(module.model, module.loss, module.recipe, module.total), curve=curve,
                    keep=keep, saver=saver)
 
@@ -162,11 +163,12 @@ def worker(task: dict[str, Any]) -> str:  # why it was refused; empty when it wa
 # %% ../../nbs/training/12_scaling.ipynb #4911c724
 LOCAL = "local"  # the address of a cluster that does not exist yet
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": "lo"}
-CALM = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "RAY_TRAIN_METRICS_ENABLED": "0"}
+CALM = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0"}
 
 @cache
 def token() -> str:
-    "Draw the secret without which no other user of this machine can use the cluster; one a process, for Ray keeps the first."
+    "Draw the secret without which nobody else can use a cluster; one a process, for Ray keeps the first."
     return secrets.token_hex(32)
 
 @contextmanager
@@ -187,17 +189,22 @@ def cluster(
     progress: bool = False,  # show what workers print
 ) -> Iterator[None]:
     "Join a Ray cluster, or make one; one that this process is in already is used."
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized(): yield; return
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield
+        return
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    alone = {"num_cpus": processors, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 2**27, "_temp_dir": folder}
+    ours, variables = {}, QUIET | CALM
+    if address == LOCAL:
+        ours = {"num_cpus": processors, "num_gpus": 0, "include_dashboard": False, "object_store_memory": 2**27,
+                "_temp_dir": folder}
+        variables |= LOOPBACK | {"RAY_AUTH_TOKEN": token()}
     try:
-        with environment(**QUIET, **CALM, **({} if address != LOCAL else LOOPBACK | {"RAY_AUTH_TOKEN": token()})):
+        with environment(**variables):
             import ray
-            ray.init(address, log_to_driver=progress, logging_config=ray.LoggingConfig(log_level="ERROR"),
-                     **(alone if address == LOCAL else {}))
-            if address == LOCAL and (here := ray.util.get_node_ip_address()) != "127.0.0.1":
-                raise TrainingError(f"a cluster of this machine would listen on {here}, because Ray was imported before: "
-                                    "restart the kernel")
+            ray.init(address, log_to_driver=progress, logging_config=ray.LoggingConfig(log_level="ERROR"), **ours)
+            if ours and (here := ray.util.get_node_ip_address()) != "127.0.0.1":
+                raise TrainingError(f"a cluster of this machine would listen on {here}, because Ray was imported "
+                                    "before: restart the kernel")
             yield
     except ConnectionError as error:
         raise TrainingError(f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}): start one with "
@@ -217,7 +224,8 @@ def passing_on(note: Path) -> Iterator[None]:
     "Pass signals to stop on to the workers; no other thread than the main one gets them."
     note.unlink(missing_ok=True)
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, partial(pass_on, note)) for number in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
+    before = {number: signal.signal(number, partial(pass_on, note)) for number in numbers}
     try: yield
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
@@ -225,23 +233,25 @@ def passing_on(note: Path) -> Iterator[None]:
 # %% ../../nbs/training/12_scaling.ipynb #aebe31e2
 def train_on_ray(task: dict[str, Any], workers: int, address: str, max_failures: int) -> None:
     "Run the workers to the end; raises `TrainingError` with what they refused, or when they failed too often."
-    with cluster(address, workers*task["threads"], task["progress"]), tempfile.TemporaryDirectory(dir=task["folder"]) as aside:
+    needed = workers*task["threads"]
+    with cluster(address, needed, task["progress"]), tempfile.TemporaryDirectory(dir=task["folder"]) as aside:
         import ray
         from ray import train
         from ray.train.torch import TorchConfig, TorchTrainer
-        if (there := ray.cluster_resources().get("CPU", 0)) < workers*task["threads"]:
-            raise TrainingError(f"{workers} workers need {workers*task['threads']} processors and the cluster has "
-                                f"{there:.0f}: set fewer workers or threads")
+        if (there := ray.cluster_resources().get("CPU", 0)) < needed:
+            raise TrainingError(f"{workers} workers need {needed} processors and the cluster has {there:.0f}: set fewer "
+                                "workers or threads")
+        failures = train.FailureConfig(max_failures=max_failures)
         trainer = TorchTrainer(
             worker, train_loop_config=task, torch_config=TorchConfig(backend="gloo"),
             scaling_config=train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": task["threads"]}),
-            run_config=train.RunConfig(storage_path=aside, failure_config=train.FailureConfig(max_failures=max_failures)))
+            run_config=train.RunConfig(storage_path=aside, failure_config=failures))
         pool = ThreadPoolExecutor(1)
         try: refused = pool.submit(trainer.fit).result().return_value
         except train.TrainingFailedError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise TrainingError(f"the workers failed {max_failures + 1} times, at last with: {reason}; fit the same recipe "
-                                "in the same folder to go on") from None
+            raise TrainingError(f"the workers failed {max_failures + 1} times, at last with: {reason}; fit the same "
+                                "recipe in the same folder to go on") from None
         finally: pool.shutdown(wait=False)
     if refused: raise TrainingError(refused)
 
@@ -294,7 +304,9 @@ def read_back(recipe: Recipe, histories: Histories, folder: Path, start: Encoder
 @contextmanager
 def saved(histories: Histories | str | Path, folder: Path) -> Iterator[Path]:
     "Have histories in a folder, for as long as that is needed."
-    if not isinstance(histories, Histories): yield Path(histories).resolve(); return
+    if not isinstance(histories, Histories):
+        yield Path(histories).resolve()
+        return
     aside = Path(tempfile.mkdtemp(prefix="histories-", dir=folder))
     try: yield histories.save(aside/"histories")
     finally: shutil.rmtree(aside, ignore_errors=True)
