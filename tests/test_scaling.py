@@ -184,4 +184,5 @@ def test_a_cluster_of_this_machine_listens_to_it_alone_and_reports_to_nobody():
     names, told = of_each(psutil.Process.name), of_each(psutil.Process.environ)        # others have overwritten theirs
     servers = [child for child, name in names.items() if name in ("gcs_server", "raylet")]
     assert [told[each].get("RAY_USAGE_STATS_ENABLED") for each in servers] == ["0", "0"]
-    assert not [line for line in of_each(psutil.Process.cmdline).values() if "dashboard.py" in " ".join(line)]
+    pages = [line for line in of_each(psutil.Process.cmdline).values() if any(each.endswith("dashboard.py") for each in line)]
+    assert all("--disable-frontend" in line for line in pages)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE', 'FACTS', 'KEPT', 'all_finite', 'save_checkpoint', 'load_checkpoint', 'state_folders', 'save_state',
            'load_state', 'newest_state', 'differences', 'refuse_another', 'in_kernel', 'leave', 'Listener', 'Part',
-           'random_state', 'set_random_state', 'Saver']
+           'random_state', 'set_random_state', 'Storage', 'Saver']
 
 # %% ../../nbs/training/03_checkpoints.ipynb #1acd0b69
 import io, os, re, shutil, signal, sys, threading, time
@@ -170,7 +170,20 @@ def set_random_state(state: dict[str, Any]) -> None:
     if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../../nbs/training/03_checkpoints.ipynb #df0563a5
-class Saver(Callback, Listener):
+class Storage:
+    "What a saver asks of the machine it runs on."
+    folder: Path             # of the states
+    facts: dict[str, Any]    # what this run is
+    asked, last, every = 0, 0.0, 60.0
+
+    def newest(self) -> tuple[dict[str, Any], dict[str, Any]] | None: return newest_state(self.folder)
+    def random(self) -> Any: return random_state()
+    def set_random(self, state: Any) -> None: set_random_state(state)
+    def write(self, state: dict[str, Any]) -> None: save_state(self.folder, state, self.facts)
+    def due(self) -> bool: return bool(self.asked) or time.monotonic() - self.last >= self.every
+
+# %% ../../nbs/training/03_checkpoints.ipynb #4787e0ff
+class Saver(Callback, Listener, Storage):
     "Saves the state of a run every so often, at the end of an epoch that is the last, and when it is asked to stop."
     def __init__(
         self,
@@ -182,12 +195,6 @@ class Saver(Callback, Listener):
     ):
         self.folder, self.facts, self.parts, self.n_steps, self.every = folder, facts, parts, n_steps, every
         self.state, self.last = None, 0.0          # what to go on from, and when the last one was saved
-
-    def newest(self) -> tuple[dict[str, Any], dict[str, Any]] | None: return newest_state(self.folder)
-    def random(self) -> Any: return random_state()
-    def set_random(self, state: Any) -> None: set_random_state(state)
-    def write(self, state: dict[str, Any]) -> None: save_state(self.folder, state, self.facts)
-    def due(self) -> bool: return bool(self.asked) or time.monotonic() - self.last >= self.every
 
     def resume(self) -> bool:
         "Read what there is to go on from; raises `TrainingError` when it belongs to another run."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASKED', 'LOCAL', 'LOOPBACK', 'CALM', 'share', 'weight', 'SharedModule', 'on_first', 'of_all', 'shared_cases',
            'SharedCurve', 'SharedKeep', 'SharedSaver', 'join', 'train_part', 'worker', 'token', 'environment',
-           'cluster', 'pass_on', 'passing_on', 'train_on_ray', 'fit_on_ray', 'read_back', 'saved']
+           'cluster', 'pass_on', 'passing_on', 'train_on_ray', 'read_back', 'saved', 'fit_on_ray']
 
 # %% ../../nbs/training/12_scaling.ipynb #08baff34
 import os, secrets, shutil, signal, sys, tempfile, threading, time
@@ -182,6 +182,7 @@ def environment(**values: str) -> Iterator[None]:
             if value is None: del os.environ[name]
             else: os.environ[name] = value
 
+# %% ../../nbs/training/12_scaling.ipynb #487a6b31
 @contextmanager
 def cluster(
     address: str,            # host:port, or "local"
@@ -239,8 +240,8 @@ def train_on_ray(task: dict[str, Any], workers: int, address: str, max_failures:
         from ray import train
         from ray.train.torch import TorchConfig, TorchTrainer
         if (there := ray.cluster_resources().get("CPU", 0)) < needed:
-            raise TrainingError(f"{workers} workers need {needed} processors and the cluster has {there:.0f}: set fewer "
-                                "workers or threads")
+            raise TrainingError(f"{workers} workers need {needed} processors and the cluster has {there:.0f}: set "
+                                "fewer workers or threads")
         failures = train.FailureConfig(max_failures=max_failures)
         trainer = TorchTrainer(
             worker, train_loop_config=task, torch_config=TorchConfig(backend="gloo"),
@@ -256,6 +257,27 @@ def train_on_ray(task: dict[str, Any], workers: int, address: str, max_failures:
     if refused: raise TrainingError(refused)
 
 # %% ../../nbs/training/12_scaling.ipynb #a00de002
+def read_back(recipe: Recipe, histories: Histories, folder: Path, start: Encoder | None, features: Tensor | None,
+              workers: int) -> Training:
+    "Build a run here, as far as its newest state has come."
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        training = set_up(recipe, histories, folder, start, features)
+    training.saver.facts["workers"] = workers
+    training.go_on()
+    return training
+
+@contextmanager
+def saved(histories: Histories | str | Path, folder: Path) -> Iterator[Path]:
+    "Have histories in a folder, for as long as that is needed."
+    if not isinstance(histories, Histories):
+        yield Path(histories).resolve()
+        return
+    aside = Path(tempfile.mkdtemp(prefix="histories-", dir=folder))
+    try: yield histories.save(aside/"histories")
+    finally: shutil.rmtree(aside, ignore_errors=True)
+
+# %% ../../nbs/training/12_scaling.ipynb #1a00530b
 def fit_on_ray(
     recipe: Recipe,                          # how to train; its batch size is that of all workers together
     histories: Histories | str | Path,       # what to train on, or the folder it was saved in
@@ -290,23 +312,3 @@ def fit_on_ray(
     for row in run.curve if logger else []:
         logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=row["step"])
     return run
-
-def read_back(recipe: Recipe, histories: Histories, folder: Path, start: Encoder | None, features: Tensor | None,
-              workers: int) -> Training:
-    "Build a run here, as far as its newest state has come."
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        training = set_up(recipe, histories, folder, start, features)
-    training.saver.facts["workers"] = workers
-    training.go_on()
-    return training
-
-@contextmanager
-def saved(histories: Histories | str | Path, folder: Path) -> Iterator[Path]:
-    "Have histories in a folder, for as long as that is needed."
-    if not isinstance(histories, Histories):
-        yield Path(histories).resolve()
-        return
-    aside = Path(tempfile.mkdtemp(prefix="histories-", dir=folder))
-    try: yield histories.save(aside/"histories")
-    finally: shutil.rmtree(aside, ignore_errors=True)
