@@ -19,7 +19,7 @@ help: ## list the targets
 
 $(READY): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable ".[dev]" --constraint requirements.lock
+	$(BIN)/pip install --quiet --editable ".[dev,scale]" --constraint requirements.lock
 	$(BIN)/python -m ipykernel install --prefix .venv --name workbench --display-name Workbench
 	touch $@
 
@@ -36,7 +36,7 @@ lab: $(READY) ## open JupyterLab on the notebooks
 
 test: $(READY) ## run every notebook and every test
 	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing
-	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
+	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 bench: $(READY) $(if $(filter training,$(BENCH)),$(PEERS)) ## run the benchmark notebooks and write their dated pages (long; BENCH="prepare" for one of them)
 	umask 077; mkdir -p .workbench/benchmarks

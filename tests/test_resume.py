@@ -11,12 +11,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
+from logs import uneven_walks
 
-from workbench.data.histories import Histories, pack
+from workbench.data.histories import Histories
 from workbench.errors import TrainingError
 from workbench.training import checkpoints
 from workbench.training.checkpoints import STATE, load_checkpoint, newest_state, state_folders
-from workbench.training.fit import fit
+from workbench.training.fit import fit, set_up
 from workbench.training.recipes import Recipe, sasrec
 
 RECIPE = sasrec("tiny", length=15, epochs=4, check_every=1, warmup=5, batch_size=16, steps=4)
@@ -25,7 +27,7 @@ SCRIPT = """
 import json, resource, sys, torch
 torch.set_num_threads(1)
 from workbench.data.histories import Histories
-from workbench.training.fit import fit
+from workbench.training.fit import fit, set_up
 from workbench.training.recipes import Recipe
 log, folder, recipe, every, limit = sys.argv[1:]
 if int(limit): resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
@@ -36,13 +38,7 @@ fit(Recipe(**json.loads(recipe)), Histories.load(log), folder, progress=False, e
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
-    "Listeners who walk through eighty items, with histories of many lengths."
-    rng, lengths = np.random.default_rng(0), np.random.default_rng(1).integers(3, 40, 300)
-    users = np.repeat(np.arange(300), lengths)
-    steps = np.where(rng.random(len(users)) < 0.8, 1, rng.integers(0, 80, len(users)))
-    track = (rng.integers(0, 80, 300)[users] + steps.cumsum()) % 80
-    return pack("walks", users, track, np.arange(len(users)), np.arange(300).astype(str),
-                np.arange(80).astype(str), exclude_seen=False).save(tmp_path_factory.mktemp("log")/"histories")
+    return uneven_walks().save(tmp_path_factory.mktemp("log")/"histories")
 
 
 def start(log, folder, recipe=RECIPE, every=0.0, limit=0):
@@ -127,6 +123,24 @@ def test_sigterm_saves_the_step_it_is_at_and_exits_with_143(log, tmp_path):
     step = newest_state(tmp_path/"ended"/"checkpoints")[1]["step"]
     assert f"training was stopped after optimiser step {step}, and that is saved" in errors
     assert same(trained(log, tmp_path/"ended", recipe), trained(log, tmp_path/"undisturbed", recipe))
+
+
+@pytest.mark.parametrize("moment", ["on_train_epoch_start", "on_train_batch_start", "on_train_epoch_end", "on_train_end"])
+def test_a_signal_between_two_epochs_or_at_the_end_is_heard_too(log, tmp_path, undisturbed, moment):
+    class Ending(Callback):
+        "Stands for a scheduler whose signal comes at this moment, once two epochs are done."
+
+    def end(self, trainer, module, *rest):
+        if module.done >= 2*training.batches.n_steps and not sent:
+            sent.append(module.done)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    sent, training = [], set_up(RECIPE, Histories.load(log), tmp_path/"unused")
+    setattr(Ending, moment, end)
+    with pytest.raises(SystemExit) as ended:
+        trained(log, tmp_path/"run", every=1000, callbacks=[Ending()])
+    assert ended.value.code == 143 and newest_state(tmp_path/"run"/"checkpoints")[1]["step"] == sent[0]
+    assert same(trained(log, tmp_path/"run"), undisturbed)
 
 
 def half_way(log, folder):

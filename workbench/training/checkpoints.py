@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE', 'FACTS', 'KEPT', 'all_finite', 'save_checkpoint', 'load_checkpoint', 'state_folders', 'save_state',
            'load_state', 'newest_state', 'differences', 'refuse_another', 'in_kernel', 'leave', 'Listener', 'Part',
-           'random_state', 'set_random_state', 'Saver']
+           'random_state', 'set_random_state', 'Storage', 'Saver']
 
 # %% ../../nbs/training/03_checkpoints.ipynb #1acd0b69
 import io, os, re, shutil, signal, sys, threading, time
@@ -170,7 +170,20 @@ def set_random_state(state: dict[str, Any]) -> None:
     if state["cuda"]: torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../../nbs/training/03_checkpoints.ipynb #df0563a5
-class Saver(Callback, Listener):
+class Storage:
+    "What a saver asks of the machine it runs on."
+    folder: Path             # of the states
+    facts: dict[str, Any]    # what this run is
+    asked, last, every = 0, 0.0, 20.0
+
+    def newest(self) -> tuple[dict[str, Any], dict[str, Any]] | None: return newest_state(self.folder)
+    def random(self) -> Any: return random_state()
+    def set_random(self, state: Any) -> None: set_random_state(state)
+    def write(self, state: dict[str, Any]) -> None: save_state(self.folder, state, self.facts)
+    def due(self) -> bool: return bool(self.asked) or time.monotonic() - self.last >= self.every
+
+# %% ../../nbs/training/03_checkpoints.ipynb #4787e0ff
+class Saver(Callback, Listener, Storage):
     "Saves the state of a run every so often, at the end of an epoch that is the last, and when it is asked to stop."
     def __init__(
         self,
@@ -185,7 +198,7 @@ class Saver(Callback, Listener):
 
     def resume(self) -> bool:
         "Read what there is to go on from; raises `TrainingError` when it belongs to another run."
-        if (found := newest_state(self.folder)) is None: return False
+        if (found := self.newest()) is None: return False
         self.state, facts = found
         refuse_another(facts, self.facts, self.folder)
         for name, part in self.parts.items(): part.load_state_dict(self.state[name])
@@ -196,7 +209,7 @@ class Saver(Callback, Listener):
         self.listen(module)
         if self.state is not None:
             trainer.strategy.load_optimizer_state_dict({"optimizer_states": [self.state.pop("optimizer")]})
-            set_random_state(self.state["random"])
+            self.set_random(self.state["random"])
             self.state = None
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
@@ -211,10 +224,9 @@ class Saver(Callback, Listener):
 
     def save(self, trainer, module, now: bool = False) -> None:
         "Save when it is time, or `now`; leave when that was asked for."
-        if not (now or self.asked or time.monotonic() - self.last >= self.every): return
+        if not (now or self.due()): return
         optimizer = trainer.strategy.optimizer_state(trainer.optimizers[0])
-        save_state(self.folder, {"weights": module.model.state_dict(), "optimizer": optimizer, "step": module.done,
-                                 "random": random_state(),
-                                 **{name: part.state_dict() for name, part in self.parts.items()}}, self.facts)
+        self.write({"weights": module.model.state_dict(), "optimizer": optimizer, "step": module.done,
+                    "random": self.random(), **{name: part.state_dict() for name, part in self.parts.items()}})
         self.last = time.monotonic()
         if self.asked: leave(self.asked, module.done)

@@ -164,7 +164,9 @@ def rates(
     rows = []
     for name, runs in found.items():
         row = {key: median(run[key] for run in runs) for key in runs[0] if all(key in run for run in runs)}
-        if not row: rows.append({"computed in": name, "times the first": "out of memory"}); continue
+        if not row:
+            rows.append({"computed in": name, "times the first": "out of memory"})
+            continue
         used = 100*row.pop("FLOPs")/(row["step"]*1e6*peak["bfloat16"])
         rows.append({"computed in": name, **row, "utilisation": used,
                      "times the first": row["targets per second"]/rows[0]["targets per second"] if rows else 1.0})

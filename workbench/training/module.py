@@ -70,16 +70,21 @@ class SequenceModule(lightning.LightningModule):
             try: return compute(batch.items, batch.targets, **known)
             except torch._dynamo.exc.TorchDynamoException as error: raise not_compiled(error) from error
 
+    def gradients(self, batch: Windows) -> Tensor:  # of tensors [B, L]
+        "Compute the gradients of one optimiser step and return its loss, detached."
+        loss = self.window_loss(batch)
+        self.manual_backward(loss)
+        return loss.detach().clone()      # a CUDA graph writes the next one over it
+
     def one_step(self, optimizer: torch.optim.Optimizer, batch: Windows) -> Tensor:  # of tensors [B, L]
         "Take one optimiser step and return its loss, detached."
         optimizer.param_groups[0]["lr"] = learning_rate(self.recipe, self.done, self.total)
         optimizer.zero_grad()
-        loss = self.window_loss(batch)
-        self.manual_backward(loss)
+        loss = self.gradients(batch)
         if self.recipe.clip: nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         optimizer.step()
         self.done += 1
-        return loss.detach().clone()      # a CUDA graph writes the next one over it
+        return loss
 
     def training_step(self, batch: Windows, index: int) -> dict[str, Tensor]:  # the mean loss, and that of each step
         first, optimizer, found = self.done, self.optimizers(use_pl_optimizer=False), []

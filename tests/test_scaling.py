@@ -1,0 +1,183 @@
+"""Training on two workers of a real Ray cluster: the run of one process, also when a worker is killed."""
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from logs import uneven_walks
+
+from workbench.data.histories import Histories
+from workbench.errors import TrainingError
+from workbench.training import scaling
+from workbench.training.checkpoints import newest_state, state_folders
+from workbench.training.fit import fit
+from workbench.training.recipes import sasrec
+from workbench.training.scaling import cluster, fit_on_ray
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra `scale`")]
+
+PLAIN = sasrec("tiny", length=15, epochs=4, check_every=1, warmup=5, batch_size=15, steps=4, dropout=0.0, packing="on")
+DROPPING = replace(PLAIN, dropout=0.2, epochs=8, patience=8)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    return uneven_walks().save(tmp_path_factory.mktemp("log")/"histories")
+
+
+def children():
+    return psutil.Process().children(recursive=True)
+
+
+def of_each(question):
+    "Ask every process below this one; those that end meanwhile have no answer."
+    answers = {}
+    for child in children():
+        with suppress(psutil.NoSuchProcess):
+            answers[child] = question(child)
+    return answers
+
+
+def wait_until(ready, seconds=120.0):
+    "Wait for something; False when it did not come."
+    last = time.monotonic() + seconds
+    while time.monotonic() < last:
+        if found := ready():
+            return found
+        time.sleep(0.01)
+    return False
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_processors():
+    "One cluster for all tests, and nothing of it left afterwards."
+    before = set(children())
+    with cluster("local", 2):
+        yield
+    assert wait_until(lambda: not set(children()) - before, 20), f"left behind: {set(children()) - before}"
+
+
+def weights(run):
+    return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
+
+
+def losses(run):
+    return [row["loss"] for row in run.curve]
+
+
+def in_one_process(log, recipe, folder):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return fit(recipe, Histories.load(log), folder, progress=False)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_two_workers_train_what_one_process_trains(log, tmp_path):
+    two, one = fit_on_ray(PLAIN, log, tmp_path/"two", progress=False), in_one_process(log, PLAIN, tmp_path/"one")
+    assert np.allclose(losses(two), losses(one), rtol=1e-5)
+    assert np.allclose([row["ndcg@10"] for row in two.curve], [row["ndcg@10"] for row in one.curve], atol=1e-3)
+    assert torch.allclose(weights(two), weights(one), atol=1e-3)
+    assert [row["step"] for row in two.curve] == [row["step"] for row in one.curve]
+    assert not list(tmp_path.rglob("histories*")) and not (tmp_path/"two"/"asked").exists()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(log, tmp_path_factory):
+    return fit_on_ray(DROPPING, log, tmp_path_factory.mktemp("undisturbed"), progress=False)
+
+
+def beside(action):
+    "Do something in a thread of its own, and return a function that waits for what came of it."
+    found = []
+    thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
+    thread.start()
+    return lambda: (thread.join(120), found[0])[1]
+
+
+def training_workers():
+    return [child for child, line in of_each(psutil.Process.cmdline).items() if "RayTrainWorker" in " ".join(line)]
+
+
+def kill_one(folder):
+    "Kill a worker as soon as something was saved; return after which optimiser step that was."
+    wait_until(lambda: len(state_folders(folder/"checkpoints")) > 1)
+    training_workers()[-1].kill()
+    return int(state_folders(folder/"checkpoints")[-1].name.removeprefix("step-"))
+
+
+def test_a_worker_killed_in_an_epoch_is_survived_and_the_result_is_the_same(log, tmp_path, undisturbed):
+    killed = beside(lambda: kill_one(tmp_path))
+    run = fit_on_ray(DROPPING, log, tmp_path, progress=False, every=0.0)
+    assert 0 < killed() < undisturbed.curve[-1]["step"]
+    assert losses(run) == losses(undisturbed)
+    assert torch.equal(weights(run), weights(undisturbed))
+
+
+def test_a_worker_that_dies_too_often_is_said_in_a_sentence(log, tmp_path):
+    killed = beside(lambda: kill_one(tmp_path))
+    with pytest.raises(TrainingError, match=r"the workers failed 1 times, at last with: .*; fit the same recipe"):
+        fit_on_ray(DROPPING, log, tmp_path, progress=False, every=0.0, max_failures=0)
+    assert newest_state(tmp_path/"checkpoints")[1]["step"] >= killed() > 0
+
+
+def stop_it(folder):
+    "Ask the process that started the training to stop, as soon as something was saved."
+    wait_until(lambda: state_folders(folder/"checkpoints"))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_for_all_workers_and_no_random_number_may_be_forgotten(log, tmp_path, undisturbed, monkeypatch):
+    beside(lambda: stop_it(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        fit_on_ray(DROPPING, log, tmp_path, progress=False, every=0.2)
+    assert ended.value.code == 143
+    assert 0 < newest_state(tmp_path/"checkpoints")[1]["step"] < undisturbed.curve[-1]["step"]
+
+    def forgetful(task):
+        from workbench.training import scaling
+        scaling.SharedSaver.set_random = lambda self, state: None
+        return worker(task)
+
+    worker = scaling.worker
+    monkeypatch.setattr(scaling, "worker", forgetful)
+    drawn_anew = fit_on_ray(DROPPING, log, tmp_path, progress=False)
+    assert [row["step"] for row in drawn_anew.curve] == [row["step"] for row in undisturbed.curve]
+    assert not torch.equal(weights(drawn_anew), weights(undisturbed))
+
+
+def test_a_loss_that_is_not_finite_on_one_worker_comes_back_as_what_it_is(log, tmp_path, monkeypatch):
+    def poisoned(task):
+        from workbench.training import scaling
+        right = scaling.weight
+        scaling.weight = lambda batch, mine, workers: right(batch, mine, workers)*(np.nan if scaling.distributed.get_rank() else 1)
+        return worker(task)
+
+    worker = scaling.worker
+    monkeypatch.setattr(scaling, "worker", poisoned)
+    with pytest.raises(TrainingError, match=r"the loss of optimiser step 1 is nan: lower learning_rate"):
+        fit_on_ray(PLAIN, log, tmp_path, progress=False)
+
+
+def test_more_workers_than_processors_are_refused_and_not_waited_for(log, tmp_path):
+    with pytest.raises(TrainingError, match="3 workers need 3 processors and the cluster has 2"):
+        fit_on_ray(PLAIN, log, tmp_path, workers=3)
+
+
+def test_a_cluster_of_this_machine_listens_to_it_alone_and_reports_to_nobody():
+    sockets = of_each(lambda child: child.net_connections("inet")) | {psutil.Process(): psutil.Process().net_connections("inet")}
+    heard = {each.laddr.ip.removeprefix("::ffff:") for found in sockets.values() for each in found if each.status == "LISTEN"}
+    assert heard == {"127.0.0.1"}
+    names, told = of_each(psutil.Process.name), of_each(psutil.Process.environ)        # others have overwritten theirs
+    servers = [child for child, name in names.items() if name in ("gcs_server", "raylet")]
+    assert [told[each].get("RAY_USAGE_STATS_ENABLED") for each in servers] == ["0", "0"]
+    pages = [line for line in of_each(psutil.Process.cmdline).values() if any(each.endswith("dashboard.py") for each in line)]
+    assert all("--disable-frontend" in line for line in pages)
