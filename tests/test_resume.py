@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from logs import uneven_walks
 
-from workbench.data.histories import Histories
+from workbench.data.histories import Histories, pack
 from workbench.errors import TrainingError
 from workbench.training import checkpoints
 from workbench.training.checkpoints import STATE, load_checkpoint, newest_state, state_folders
@@ -26,7 +26,7 @@ RECIPE = sasrec("tiny", length=15, epochs=4, check_every=1, warmup=5, batch_size
 SCRIPT = """
 import json, resource, sys, torch
 torch.set_num_threads(1)
-from workbench.data.histories import Histories
+from workbench.data.histories import Histories, pack
 from workbench.training.fit import fit, set_up
 from workbench.training.recipes import Recipe
 log, folder, recipe, every, limit = sys.argv[1:]

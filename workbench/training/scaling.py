@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ASKED', 'LOCAL', 'LOOPBACK', 'CALM', 'share', 'weight', 'SharedModule', 'on_first', 'of_all', 'shared_cases',
            'SharedCurve', 'SharedKeep', 'SharedSaver', 'join', 'train_part', 'worker', 'token', 'environment',
-           'cluster', 'pass_on', 'passing_on', 'train_on_ray', 'read_back', 'saved', 'fit_on_ray']
+           'no_cluster', 'knock', 'cluster', 'pass_on', 'passing_on', 'train_on_ray', 'read_back', 'saved',
+           'fit_on_ray']
 
 # %% ../../nbs/training/13_scaling.ipynb #08baff34
-import os, secrets, shutil, signal, sys, tempfile, threading, time
+import os, secrets, shutil, signal, socket, sys, tempfile, threading, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -163,7 +164,7 @@ def worker(task: dict[str, Any]) -> str:  # why it was refused; empty when it wa
 LOCAL = "local"  # the address of a cluster that does not exist yet
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": "lo"}
 CALM = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-        "RAY_TRAIN_METRICS_ENABLED": "0"}
+        "RAY_TRAIN_METRICS_ENABLED": "0", "RAY_NUM_REDIS_GET_RETRIES": "2"}
 
 @cache
 def token() -> str:
@@ -181,6 +182,18 @@ def environment(**values: str) -> Iterator[None]:
             if value is None: del os.environ[name]
             else: os.environ[name] = value
 
+# %% ../../nbs/training/13_scaling.ipynb #e66f37cf
+def no_cluster(address: str, error: Exception) -> TrainingError:
+    "Say that no cluster answers."
+    return TrainingError(f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}): start one with "
+                         "`ray start --head`, or use local")
+
+def knock(address: str, seconds: float = 10.0) -> None:
+    "Raise `TrainingError` when nothing listens at host:port."
+    host, _, port = address.rpartition(":")
+    try: socket.create_connection((host, int(port)), seconds).close()
+    except (OSError, ValueError, OverflowError) as error: raise no_cluster(address, error) from None
+
 # %% ../../nbs/training/13_scaling.ipynb #487a6b31
 @contextmanager
 def cluster(
@@ -192,6 +205,7 @@ def cluster(
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
         return
+    if address != LOCAL: knock(address)
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     ours, variables = {}, QUIET | CALM
     if address == LOCAL:
@@ -206,11 +220,9 @@ def cluster(
                 raise TrainingError(f"a cluster of this machine would listen on {here}, because Ray was imported "
                                     "before: restart the kernel")
             yield
-    except ConnectionError as error:
-        raise TrainingError(f"no Ray cluster answers at {address} ({str(error).splitlines()[0]}): start one with "
-                            "`ray start --head`, or use local") from None
+    except ConnectionError as error: raise no_cluster(address, error) from None
     finally:
-        sys.modules["ray"].shutdown()
+        if "ray" in sys.modules: sys.modules["ray"].shutdown()
         shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/training/13_scaling.ipynb #468f5e50
