@@ -1,26 +1,34 @@
-"""Training on two workers of a real Ray cluster: the run of one process, also when a worker is killed."""
+"""A real Ray cluster trains what one process trains, also when a worker is killed, and prepares what one process prepares."""
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
+import polars as pl
 import psutil
 import pytest
 import torch
 from logs import uneven_walks
 
+from workbench.cluster import cluster
+from workbench.data.datasets import load
 from workbench.data.histories import Histories
 from workbench.errors import TrainingError
 from workbench.training import scaling
 from workbench.training.checkpoints import newest_state, state_folders
 from workbench.training.fit import fit
 from workbench.training.recipes import sasrec
-from workbench.training.scaling import cluster, fit_on_ray
+from workbench.training.scaling import fit_on_ray
 
+ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra `scale`")]
 
 PLAIN = sasrec("tiny", length=15, epochs=4, check_every=1, warmup=5, batch_size=15, steps=4, dropout=0.0, packing="on")
@@ -181,3 +189,37 @@ def test_a_cluster_of_this_machine_listens_to_it_alone_and_reports_to_nobody():
     assert [told[each].get("RAY_USAGE_STATS_ENABLED") for each in servers] == ["0", "0"]
     pages = [line for line in of_each(psutil.Process.cmdline).values() if any(each.endswith("dashboard.py") for each in line)]
     assert all("--disable-frontend" in line for line in pages)
+
+
+def folder_of(log, folder):
+    "Write histories as a log of two Parquet files, in groups of a few hundred rows."
+    whole = Histories.load(log)
+    users = np.repeat(whole.user_ids, np.diff(whole.offsets))
+    table = pl.DataFrame({"user_id": users, "item_id": whole.item_ids[whole.items - 1], "timestamp": 1_600_000_000 + whole.timestamps})
+    folder.mkdir()
+    for name, part in (("a", table[:4000]), ("b", table[4000:])):
+        part.write_parquet(folder/f"{name}.parquet", row_group_size=700)
+    return folder
+
+
+def prepare_step(home, folder, dataset):
+    "Run the prepare step of the pipeline alone."
+    folder.mkdir()
+    shutil.copy(ROOT/"pipelines"/"prepare.ipynb", folder)
+    (folder/"small.toml").write_text("[steps.prepare]\n")
+    command = [Path(sys.executable).parent/"workbench", "run", str(folder/"small.toml"), "-p", f"dataset={dataset}", "-p", "parts=3"]
+    return subprocess.run(command, env=os.environ | {"WORKBENCH_PATHS_HOME": str(home)}, capture_output=True, text=True, timeout=300)
+
+
+def test_the_pipeline_prepares_a_folder_of_files_in_parts(log, tmp_path):
+    dataset = folder_of(log, tmp_path/"plays")
+    done = prepare_step(tmp_path/"home", tmp_path/"one", dataset)
+    assert done.returncode == 0, done.stderr
+    prepared = next((tmp_path/"home").glob("steps/prepare/*/histories"))
+    pl.concat([pl.read_parquet(each) for each in sorted(dataset.glob("*"))]).write_parquet(tmp_path/"plays.parquet")
+    assert Histories.load(prepared, verify=True).fingerprint == load(tmp_path/"plays.parquet").histories().fingerprint
+    with open(dataset/"b.parquet", "r+b") as file:
+        file.seek(2000)
+        file.write(b"\0"*200)
+    failed = prepare_step(tmp_path/"home", tmp_path/"two", dataset)
+    assert failed.returncode == 1 and "b.parquet cannot be read" in failed.stderr and "restore it" in failed.stderr

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WorkbenchError', 'UsageError', 'SettingsError', 'UnknownNameError', 'ParameterError', 'RecipeError', 'Interrupted',
-           'DataError', 'ModelError', 'TrainingError', 'EvaluationError', 'BackendError', 'TrackingError',
-           'PromotionError', 'BundleError', 'ServiceError', 'PipelineError']
+           'DataError', 'ModelError', 'TrainingError', 'EvaluationError', 'BackendError', 'ClusterError',
+           'TrackingError', 'PromotionError', 'BundleError', 'ServiceError', 'PipelineError']
 
 # %% ../nbs/00_errors.ipynb #705ed57b
 from typing import ClassVar
@@ -65,6 +65,10 @@ class EvaluationError(WorkbenchError):
 class BackendError(WorkbenchError):
     "A backend cannot compile, load or run a variant; its text is the reason shown in the variant table."
     code = "backend"
+
+class ClusterError(WorkbenchError):
+    "A Ray cluster cannot be made or joined."
+    code = "cluster"
 
 class TrackingError(WorkbenchError):
     "A run, a model version or an alias cannot be read or written."

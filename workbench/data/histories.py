@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EARLIEST', 'ARRAYS', 'REPEATS', 'FACTS', 'gather', 'Split', 'Packed', 'Indexed', 'Histories', 'leave_last_out',
-           'cut_by_time', 'core', 'stands_in', 'repeated', 'pack', 'describe', 'size_table', 'plot_histories',
+           'cut_by_time', 'core', 'stands_in', 'repeated', 'pack', 'finish', 'describe', 'size_table', 'plot_histories',
            'fingerprint', 'save_histories', 'load_histories']
 
 # %% ../../nbs/data/01_histories.ipynb #87781d70
@@ -228,9 +228,22 @@ def pack(
     offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(user_ids)))]).astype(np.int64)
     packed, times = items[order].astype(np.int32, copy=False) + 1, timestamps[order].astype(np.int64, copy=False)
     del order
+    return finish(name, packed, offsets, times, user_ids, item_ids, split, exclude_seen)
+
+def finish(
+    name: str,                        # of the data set
+    items: np.ndarray,                # int32 [n], item index 1..n_items, by user and time
+    offsets: np.ndarray,              # int64 [n_users + 1]
+    times: np.ndarray,                # int64 [n]
+    user_ids: np.ndarray,             # str [n_users]
+    item_ids: np.ndarray,             # str [n_items]
+    split: str | tuple[int, int],     # as for `pack`
+    exclude_seen: bool | None,        # None lets the log decide
+) -> Histories:
+    "Split packed interactions; raises DataError when nobody can be evaluated."
     ends = leave_last_out(offsets) if split == "leave_last_out" else cut_by_time(offsets, times, split)
     rule = split if isinstance(split, str) else f"by_time {split[0]} {split[1]}"
-    whole = Histories(name, packed, offsets, times, user_ids, item_ids, *ends, bool(exclude_seen), 0.0, rule)
+    whole = Histories(name, items, offsets, times, user_ids, item_ids, *ends, bool(exclude_seen), 0.0, rule)
     if not len(whole.test) or not len(whole.validation):
         raise DataError(f"{name} has no user to evaluate on ({whole.n_users:,} users, {whole.n_interactions:,} "
                         "interactions): leave-last-out needs users with 3 interactions or more, a split by time needs "

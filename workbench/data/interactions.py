@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'DATES', 'MISSING', 'MAX_ID', 'SLACK', 'NOTHING', 'SEEN', 'unit_of', 'from_dates', 'seconds', 'id_reasons',
-           'time_reasons', 'judge', 'quarantine_path', 'quarantine', 'schema', 'check_events', 'Interactions',
-           'read_seen', 'read_split', 'number', 'keep_core', 'pack_events', 'settle', 'from_raw', 'read_interactions']
+           'time_reasons', 'judge', 'quarantine_path', 'set_aside', 'too_dirty', 'quarantine', 'schema', 'check_events',
+           'Interactions', 'read_seen', 'read_split', 'number', 'keep_core', 'pack_events', 'good_events', 'each_once',
+           'settle', 'from_raw', 'read_interactions']
 
 # %% ../../nbs/data/04_interactions.ipynb #479be4d1
 import hashlib, time
@@ -97,6 +98,24 @@ def quarantine_path(path: Path, home: Path | None = None) -> Path:
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     return (home or settings().home)/"quarantine"/f"{path.name}-{name}.csv"
 
+def set_aside(
+    judged: pl.DataFrame,   # rows with their reasons
+    target: Path,           # the file for the bad rows
+) -> list[dict[str, Any]]:  # for the report: reason, rows
+    "Write the bad rows to a file and count them."
+    bad = judged.filter(pl.col("reason").is_not_null())
+    if not bad.height:
+        target.unlink(missing_ok=True)
+        return []
+    write_atomic(target, bad.drop("seconds", strict=False).write_csv())
+    return bad["reason"].value_counts(sort=True, name="rows").rows(named=True)
+
+def too_dirty(source: Path, rows: int, counts: list[dict[str, Any]], limit: float, target: Path) -> DataError:
+    "Say that too many rows are bad, and which."
+    listed = "; ".join(f"{row['rows']:,} × {row['reason']}" for row in counts)
+    return DataError(f"{source} has {sum(row['rows'] for row in counts):,} bad rows of {rows:,} ({listed}), more than the "
+                     f"{limit:.1%} that [data] quarantine allows: see {target}, mend the file or raise the limit")
+
 def quarantine(
     judged: pl.DataFrame,   # rows with their reasons
     source: Path,           # the file they came from
@@ -104,16 +123,9 @@ def quarantine(
     target: Path,           # the file for the bad rows
 ) -> list[dict[str, Any]]:  # for the report: reason, rows
     "Write the bad rows to a file and count them; raises `DataError` when there are too many."
-    bad = judged.filter(pl.col("reason").is_not_null())
-    if not bad.height:
-        target.unlink(missing_ok=True)
-        return []
-    write_atomic(target, bad.drop("seconds", strict=False).write_csv())
-    counts = bad["reason"].value_counts(sort=True, name="rows").rows(named=True)
-    if bad.height > limit * judged.height:
-        listed = "; ".join(f"{row['rows']:,} × {row['reason']}" for row in counts)
-        raise DataError(f"{source} has {bad.height:,} bad rows of {judged.height:,} ({listed}), more than the "
-                        f"{limit:.1%} that [data] quarantine allows: see {target}, mend the file or raise the limit")
+    counts = set_aside(judged, target)
+    bad = sum(row["rows"] for row in counts)
+    if bad > limit*judged.height: raise too_dirty(source, judged.height, counts, limit, target)
     return counts
 
 # %% ../../nbs/data/04_interactions.ipynb #7da125bf
@@ -246,6 +258,19 @@ def pack_events(
     times = log.events["timestamp"].to_numpy()
     return pack(log.name, users, items, times, user_ids, item_ids, split, exclude_seen)
 
+# %% ../../nbs/data/04_interactions.ipynb #2f541670
+def good_events(judged: pl.DataFrame) -> pl.DataFrame:  # user_id, item_id: Categorical; timestamp: Int64
+    "Return the good rows as events."
+    when = pl.col("seconds").floor() if "timestamp" in judged.columns else pl.int_range(pl.len())
+    good = judged.lazy().filter(pl.col("reason").is_null())
+    return collect(good.select(*IDS, when.cast(pl.Int64).alias("timestamp")))
+
+def each_once(events: pl.DataFrame, dropped: list[dict[str, Any]]) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+    "Drop duplicates, and add them to what was dropped."
+    distinct = events.lazy().unique(keep="first", maintain_order=True).collect(engine="streaming")
+    if distinct.height == events.height: return events, dropped
+    return distinct, [*dropped, {"reason": "duplicate", "rows": events.height - distinct.height}]
+
 # %% ../../nbs/data/04_interactions.ipynb #5efbfbe3
 def settle(
     raw: pl.DataFrame,                     # user_id, item_id and perhaps timestamp as text; row
@@ -262,12 +287,9 @@ def settle(
                         "end it with a line break")
     limit = settings().data.quarantine if limit is None else limit
     rows = quarantine(judged, source, limit, quarantine_path(source, home))
-    when = pl.col("seconds").floor() if timed else pl.int_range(pl.len())
-    good = judged.lazy().filter(pl.col("reason").is_null())
-    events = collect(good.select(*IDS, when.cast(pl.Int64).alias("timestamp")))
-    del judged, good
-    distinct = events.lazy().unique(keep="first", maintain_order=True).collect(engine="streaming") if timed else events
-    if distinct.height < events.height: rows = [*rows, {"reason": "duplicate", "rows": events.height - distinct.height}]
+    events = good_events(judged)
+    del judged
+    distinct, rows = each_once(events, rows) if timed else (events, rows)
     rows = [{**row, "share": row["rows"] / raw.height} for row in rows]
     return check_events(distinct, str(source)), Table(rows, f"Dropped of {raw.height:,} rows of {name}")
 
