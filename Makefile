@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .peers/.ready
-BENCH ?= prepare quality inference growth training
+BENCH ?= prepare quality inference growth training overhead convergence
 
 # Copies of data sets that are looked into before any download (optional).
 ifneq ($(wildcard ../shared/data),)
@@ -38,7 +38,7 @@ test: $(READY) ## run every notebook and every test
 	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing
 	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-bench: $(READY) $(if $(filter training,$(BENCH)),$(PEERS)) ## run the benchmark notebooks and write their dated pages (long; BENCH="prepare" for one of them)
+bench: $(READY) $(if $(filter training convergence,$(BENCH)),$(PEERS)) ## run the benchmark notebooks and write their dated pages (long; BENCH="prepare" for one of them)
 	umask 077; mkdir -p .workbench/benchmarks
 	set -e; for name in $(BENCH); do \
 	  $(BIN)/papermill --no-progress-bar --kernel python3 pipelines/benchmarks/$$name.ipynb .workbench/benchmarks/$$name.ipynb; \

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/training/05_fit.ipynb #01ce7438
 TARGETS = 3_000  # predictions in an optimiser step, when the recipe leaves it open
-SHORT = 0.5      # windows that are shorter than this share of the longest, on average, are packed
+SHORT = 0.9      # windows that are shorter than this share of the longest, on average, are packed
 
 def takes(model: str, argument: str, method: str = "hidden") -> bool:
     "Tell whether a method of a registered model has an argument, e.g. segments."
