@@ -70,7 +70,8 @@ def cluster(
         with environment(**variables):
             logging.getLogger("ray.widgets").setLevel(logging.ERROR)       # it recommends packages in notebooks
             try: import ray
-            except ModuleNotFoundError: raise ClusterError("Ray is not installed: pip install 'workbench[scale]'") from None
+            except ModuleNotFoundError:
+                raise ClusterError("Ray is not installed: pip install 'workbench[scale]'") from None
             ray.init(address, log_to_driver=progress, logging_config=ray.LoggingConfig(log_level="ERROR"), **ours)
             if ours and (here := ray.util.get_node_ip_address()) != "127.0.0.1":
                 raise ClusterError(f"a cluster of this machine would listen on {here}, because Ray was imported "

@@ -27,7 +27,7 @@ Run = Annotated[str, typer.Argument(help="A run's id, or latest.")]
 Parameters = Annotated[list[str] | None, typer.Option(
     "--parameter", "-p", metavar="NAME=VALUE", help="A parameter of the pipeline's steps; may be repeated.")]
 Ray = Annotated[str | None, typer.Option(
-    "--ray", metavar="ADDRESS", help="Train on a Ray cluster: host:port, or local to make one here; as -p ray=ADDRESS.")]
+    "--ray", metavar="ADDRESS", help="Work on a Ray cluster: host:port, or local to make one here; as -p ray=ADDRESS.")]
 
 def print_version(wanted: bool) -> None:
     "Print the version and end the command."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EARLIEST', 'ARRAYS', 'REPEATS', 'FACTS', 'gather', 'Split', 'Packed', 'Indexed', 'Histories', 'leave_last_out',
-           'cut_by_time', 'core', 'stands_in', 'repeated', 'pack', 'finish', 'describe', 'size_table', 'plot_histories',
+           'cut_by_time', 'core', 'stands_in', 'repeated', 'finish', 'pack', 'describe', 'size_table', 'plot_histories',
            'fingerprint', 'save_histories', 'load_histories']
 
 # %% ../../nbs/data/01_histories.ipynb #87781d70
@@ -213,23 +213,6 @@ def repeated(split: Split, chunk: int = 4096) -> np.ndarray:  # bool [m]
     rows = [np.arange(i, min(i + chunk, len(split))) for i in range(0, len(split), chunk)]
     return np.concatenate([np.zeros(0, dtype=bool), *(stands_in(split.select(r)) for r in rows)])
 
-def pack(
-    name: str,                                  # of the data set
-    users: np.ndarray,                          # int [n], row of each interaction's user in `user_ids`
-    items: np.ndarray,                          # int [n], row of each interaction's item in `item_ids`
-    timestamps: np.ndarray,                     # int64 [n]
-    user_ids: np.ndarray,                       # str [n_users]
-    item_ids: np.ndarray,                       # str [n_items]
-    split: str | tuple[int, int] = "leave_last_out",  # or the two moments of a split by time
-    exclude_seen: bool | None = None,           # None lets the log decide
-) -> Histories:                                 # packed and split
-    "Pack interactions into histories; raises DataError when nobody can be evaluated."
-    order = np.lexsort((timestamps, users))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(user_ids)))]).astype(np.int64)
-    packed, times = items[order].astype(np.int32, copy=False) + 1, timestamps[order].astype(np.int64, copy=False)
-    del order
-    return finish(name, packed, offsets, times, user_ids, item_ids, split, exclude_seen)
-
 def finish(
     name: str,                        # of the data set
     items: np.ndarray,                # int32 [n], item index 1..n_items, by user and time
@@ -250,6 +233,24 @@ def finish(
                         "some after each cut")
     share = float(repeated(whole.validation).mean())
     return replace(whole, repeat_share=share, exclude_seen=share <= REPEATS if exclude_seen is None else exclude_seen)
+
+# %% ../../nbs/data/01_histories.ipynb #22ef6b25
+def pack(
+    name: str,                                  # of the data set
+    users: np.ndarray,                          # int [n], row of each interaction's user in `user_ids`
+    items: np.ndarray,                          # int [n], row of each interaction's item in `item_ids`
+    timestamps: np.ndarray,                     # int64 [n]
+    user_ids: np.ndarray,                       # str [n_users]
+    item_ids: np.ndarray,                       # str [n_items]
+    split: str | tuple[int, int] = "leave_last_out",  # or the two moments of a split by time
+    exclude_seen: bool | None = None,           # None lets the log decide
+) -> Histories:                                 # packed and split
+    "Pack interactions into histories; raises DataError when nobody can be evaluated."
+    order = np.lexsort((timestamps, users))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(user_ids)))]).astype(np.int64)
+    packed, times = items[order].astype(np.int32, copy=False) + 1, timestamps[order].astype(np.int64, copy=False)
+    del order
+    return finish(name, packed, offsets, times, user_ids, item_ids, split, exclude_seen)
 
 # %% ../../nbs/data/01_histories.ipynb #91a04950
 FACTS = ("name", "exclude_seen", "repeat_share", "rule")

@@ -113,8 +113,9 @@ def set_aside(
 def too_dirty(source: Path, rows: int, counts: list[dict[str, Any]], limit: float, target: Path) -> DataError:
     "Say that too many rows are bad, and which."
     listed = "; ".join(f"{row['rows']:,} × {row['reason']}" for row in counts)
-    return DataError(f"{source} has {sum(row['rows'] for row in counts):,} bad rows of {rows:,} ({listed}), more than the "
-                     f"{limit:.1%} that [data] quarantine allows: see {target}, mend the file or raise the limit")
+    bad = sum(row["rows"] for row in counts)
+    return DataError(f"{source} has {bad:,} bad rows of {rows:,} ({listed}), more than the {limit:.1%} that "
+                     f"[data] quarantine allows: see {target}, mend the file or raise the limit")
 
 def quarantine(
     judged: pl.DataFrame,   # rows with their reasons

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pieces_of', 'damaged', 'read_piece', 'bounds_of', 'with_part', 'save_part', 'clean_part', 'keep_part', 'pack_part',
            'joined', 'for_each', 'divide', 'counted', 'report_of', 'Parted', 'keep', 'prepare_parts', 'run_parts',
-           'with_lost']
+           'assemble', 'with_lost']
 
 # %% ../../nbs/data/09_parts.ipynb #d882f723
 import logging, shutil, tempfile
@@ -44,7 +44,7 @@ def pieces_of(
         for group, size in enumerate(sizes):
             found.append({"path": str(path), "group": group, "first": first})
             first += size
-    if not found: raise DataError(f"{folder} holds no rows in files that end with .parquet: there is nothing to learn from")
+    if not found: raise DataError(f"{folder} holds no rows in files that end with .parquet: nothing to learn from")
     return found
 
 def damaged(path: Path, error: Exception) -> DataError:
@@ -157,6 +157,7 @@ def divide(pieces: Sequence[dict[str, Any]], wanted: dict[str, str], bounds: lis
         if refused.exists(): raise DataError(refused.read_text()) from None
         raise
 
+# %% ../../nbs/data/09_parts.ipynb #1c4b1502
 def counted(folder: Path, parts: int) -> pl.DataFrame:  # item_id, len
     "Add up how often each item is played."
     counts = (pl.scan_parquet(folder/f"counts-{part}.parquet") for part in range(parts))
@@ -189,8 +190,9 @@ class Parted:
     def to_dict(self) -> dict[str, Any]:
         "Return the size of the log and its report as plain data."
         whole = self.histories
-        return {"name": whole.name, "users": whole.n_users, "items": whole.n_items, "interactions": whole.n_interactions,
-                "has_time": True, "licence": "", "dropped": self.report.to_dict()["rows"]}
+        return {"name": whole.name, "users": whole.n_users, "items": whole.n_items,
+                "interactions": whole.n_interactions, "has_time": True, "licence": "",
+                "dropped": self.report.to_dict()["rows"]}
 
     def _repr_html_(self) -> str:
         return self.histories._repr_html_() + (self.report._repr_html_() if self.report.rows else "")
@@ -206,6 +208,7 @@ def keep(folder: Path, parts: int, min_count: int, min_history: int) -> int:  # 
         lost += now
     return lost
 
+# %% ../../nbs/data/09_parts.ipynb #6e848b74
 def prepare_parts(
     log: str | Path,                  # a folder of Parquet files
     columns: str | None = None,       # their user, item and time columns; None for ours
@@ -235,6 +238,7 @@ def prepare_parts(
             "limit": settings().data.quarantine if limit is None else limit, "home": home})
     finally: shutil.rmtree(aside, ignore_errors=True)
 
+# %% ../../nbs/data/09_parts.ipynb #c089e950
 def run_parts(log: Path, pieces: list[dict[str, Any]], wanted: dict[str, str], bounds: list[str], aside: Path,
               folder: Path, rules: dict[str, Any]) -> Parted:
     "Do what `prepare_parts` says, on the cluster that there is."
@@ -248,12 +252,17 @@ def run_parts(log: Path, pieces: list[dict[str, Any]], wanted: dict[str, str], b
     items = counted(aside, parts)["item_id"].sort()
     if not len(items): raise DataError(f"{log} has no interactions left: there is nothing to learn from")
     for_each(partial(pack_part, folder=aside, items=items), range(parts))
-    lengths = joined(aside, "lengths", parts)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    arrays = [joined(aside, "items", parts), offsets, joined(aside, "timestamps", parts), joined(aside, "user_ids", parts)]
-    finish(log.name, *arrays, np.array(items.to_list(), dtype=np.str_), rules["split"], rules["exclude_seen"]).save(folder)
+    whole = assemble(log.name, aside, parts, np.array(items.to_list(), dtype=np.str_), rules)
+    whole.save(folder)
     if lost: report = with_lost(report, lost, sum(each["rows"] for each in found), rules)
     return Parted(Histories.load(folder), report)
+
+def assemble(name: str, folder: Path, parts: int, item_ids: np.ndarray, rules: dict[str, Any]) -> Histories:
+    "Lay the packed parts together."
+    names = ("items", "timestamps", "user_ids", "lengths")
+    items, times, user_ids, lengths = (joined(folder, each, parts) for each in names)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return finish(name, items, offsets, times, user_ids, item_ids, rules["split"], rules["exclude_seen"])
 
 def with_lost(report: Table, lost: int, rows: int, rules: dict[str, Any]) -> Table:
     "Add the row of rare items and short histories to a report."

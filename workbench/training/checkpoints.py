@@ -174,6 +174,8 @@ class Storage:
     "What a saver asks of the machine it runs on."
     folder: Path             # of the states
     facts: dict[str, Any]    # what this run is
+    parts: dict[str, Part]   # callbacks that remember
+    state: dict[str, Any] | None = None     # what to go on from
     asked, last, every = 0, 0.0, 20.0
 
     def newest(self) -> tuple[dict[str, Any], dict[str, Any]] | None: return newest_state(self.folder)
@@ -181,6 +183,14 @@ class Storage:
     def set_random(self, state: Any) -> None: set_random_state(state)
     def write(self, state: dict[str, Any]) -> None: save_state(self.folder, state, self.facts)
     def due(self) -> bool: return bool(self.asked) or time.monotonic() - self.last >= self.every
+
+    def resume(self) -> bool:
+        "Read what there is to go on from; raises `TrainingError` when it belongs to another run."
+        if (found := self.newest()) is None: return False
+        self.state, facts = found
+        refuse_another(facts, self.facts, self.folder)
+        for name, part in self.parts.items(): part.load_state_dict(self.state[name])
+        return True
 
 # %% ../../nbs/training/03_checkpoints.ipynb #4787e0ff
 class Saver(Callback, Listener, Storage):
@@ -195,14 +205,6 @@ class Saver(Callback, Listener, Storage):
     ):
         self.folder, self.facts, self.parts, self.n_steps, self.every = folder, facts, parts, n_steps, every
         self.state, self.last = None, 0.0          # what to go on from, and when the last one was saved
-
-    def resume(self) -> bool:
-        "Read what there is to go on from; raises `TrainingError` when it belongs to another run."
-        if (found := self.newest()) is None: return False
-        self.state, facts = found
-        refuse_another(facts, self.facts, self.folder)
-        for name, part in self.parts.items(): part.load_state_dict(self.state[name])
-        return True
 
     def on_train_start(self, trainer, module):
         self.last = time.monotonic()

@@ -70,7 +70,7 @@ class Variant:
     "A way to compute the same training."
     name: str
     changes: dict[str, Any]                                              # fields of the recipe
-    products: str = "highest"                                            # of float32 matrices: highest, or high for TF32
+    products: str = "highest"                                            # of float32 matrices; high for TF32
     around: Callable[[], AbstractContextManager] = nullcontext           # while it trains
     graphs: bool = True                                                  # record CUDA graphs where it is compiled
 
@@ -131,7 +131,8 @@ EVERY = tuple(each.name for each in VARIANTS)
 
 def shaped(make: Callable[..., Recipe], size: str, length: int, batch_size: int, **changes: Any) -> Recipe:
     "Return a recipe whose steps are all of one shape, and that never validates."
-    return make(size, length=length, batch_size=batch_size, packing="off", epochs=100_000, check_every=100_000, **changes)
+    return make(size, length=length, batch_size=batch_size, packing="off", epochs=100_000, check_every=100_000,
+                **changes)
 
 WORK = (
     Work("SASRec, d=64, 64 rows of 50", shaped(sasrec, "small", 50, 64), 1_682, EVERY),
@@ -210,16 +211,17 @@ def cost(loss: Callable[..., Tensor], hidden: Tensor, vectors: Tensor, targets: 
 INTRODUCTION = """# Training on a GPU, {day}
 
 `make gpu` wrote this page: `fit`'s own trainer, callbacks and loader on a generated log whose windows are all full. A
-row is the median of two rounds that go through all variants; the first three calls of the trainer are not counted. Targets
-are predictions that the loss asks for, one a position. Utilisation is the arithmetic of the model's matrix products and
-attention, forward and backward, over what this GPU reached with a product of two bfloat16 matrices of 8,192 rows.
+row is the median of two rounds that go through all variants; the first three calls of the trainer are not counted.
+Targets are predictions that the loss asks for, one a position. Utilisation is the arithmetic of the model's matrix
+products and attention, forward and backward, over what this GPU reached with a product of two bfloat16 matrices of 8,192 rows.
 
 {device}; PyTorch {torch}, Lightning {lightning}, Python {python}.
 """
 
 def pages(seconds: float = 0.7, say: Callable[[str], None] = print) -> Iterator[str]:  # Markdown, a part at a time
     "Measure everything; raises `UsageError` where there is no GPU."
-    if not torch.cuda.is_available(): raise UsageError("there is no NVIDIA GPU here: torch.cuda.is_available() is False")
+    if not torch.cuda.is_available():
+        raise UsageError("there is no NVIDIA GPU here: torch.cuda.is_available() is False")
     roofline = measure_roofline("cuda")
     yield INTRODUCTION.format(day=date.today(), device=roofline, torch=torch.__version__,
                               lightning=lightning.__version__, python=platform.python_version())
@@ -229,7 +231,8 @@ def pages(seconds: float = 0.7, say: Callable[[str], None] = print) -> Iterator[
     for items in (3_706, 100_000): yield loss_memory(torch.device("cuda"), 25_600, items)._repr_markdown_() + "\n"
     work = WORK[1]
     found = profile(Recipe(**work.recipe.to_dict() | {"precision": "bfloat16"}), histories_for(work), 10)
-    yield f"## Where the time of a step goes: {work.name}\n\n" + "\n".join(f"- {line}" for line in headlines(found)) + "\n"
+    lines = "\n".join(f"- {line}" for line in headlines(found))
+    yield f"## Where the time of a step goes: {work.name}\n\n{lines}\n"
     for table in (part_table(found), operator_table(found)): yield table._repr_markdown_() + "\n"
 
 def main(path: str | Path) -> None:
