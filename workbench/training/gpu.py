@@ -213,7 +213,8 @@ INTRODUCTION = """# Training on a GPU, {day}
 `make gpu` wrote this page: `fit`'s own trainer, callbacks and loader on a generated log whose windows are all full. A
 row is the median of two rounds that go through all variants; the first three calls of the trainer are not counted.
 Targets are predictions that the loss asks for, one a position. Utilisation is the arithmetic of the model's matrix
-products and attention, forward and backward, over what this GPU reached with a product of two bfloat16 matrices of 8,192 rows.
+products and attention, forward and backward, over what this GPU reached with a product of two bfloat16 matrices of
+8,192 rows.
 
 {device}; PyTorch {torch}, Lightning {lightning}, Python {python}.
 """
