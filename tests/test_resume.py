@@ -21,7 +21,7 @@ from workbench.training.checkpoints import STATE, load_checkpoint, newest_state,
 from workbench.training.fit import fit, set_up
 from workbench.training.recipes import Recipe, sasrec
 
-RECIPE = sasrec("tiny", length=15, epochs=4, check_every=1, warmup=5, batch_size=16, steps=4)
+RECIPE = sasrec("tiny", length=15, epochs=4, check_every=1, warmup=5, batch_size=16, steps=4, packing="off")
 
 SCRIPT = """
 import json, resource, sys, torch
