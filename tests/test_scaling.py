@@ -53,7 +53,7 @@ def of_each(question):
     return answers
 
 
-def wait_until(ready, seconds=120.0):
+def wait_until(ready, seconds=600.0):
     "Wait for something; False when it did not come."
     last = time.monotonic() + seconds
     while time.monotonic() < last:
@@ -108,7 +108,7 @@ def beside(action):
     found = []
     thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
     thread.start()
-    return lambda: (thread.join(120), found[0])[1]
+    return lambda: (thread.join(600), found[0])[1]
 
 
 def training_workers():

@@ -37,7 +37,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(walks, l
 
 
 @pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"clip": 1.0}, {"steps": 1}, {"schedule": "constant"},
-                                    {"packing": "on"}, {"loss": "gbce", "negatives": 20, "negatives_for": "position", "epochs": 60, "patience": 60},
+                                    {"packing": "on"}, {"loss": "gbce", "negatives": 20, "negatives_for": "position", "epochs": 120, "patience": 60},
                                     {"loss": "sampled_softmax", "negatives": 20, "negatives_for": "position"}])
 def test_each_way_of_training_learns(walks, change):
     run = fit(sasrec("tiny", **QUICK | {"dropout": 0.0, "epochs": 12} | change), walks, progress=False)

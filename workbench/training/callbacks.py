@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from ..data.batches import WindowBatches
 from ..data.histories import Split
 from ..models.ranker import Ranker
+from ..errors import EvaluationError, TrainingError
 from .checkpoints import save_checkpoint
 from .module import SequenceModule
 from .recipes import Recipe
@@ -75,7 +76,11 @@ class Curve(Callback):
 
     def check(self, module: SequenceModule, row: dict[str, Any]) -> None:
         "Validate, and add what was found to a row."
-        self.cases = validate_cases(module.model, self.split)
+        try: self.cases = validate_cases(module.model, self.split)
+        except EvaluationError as error:
+            what = str(error).partition(":")[0]
+            raise TrainingError(f"after optimiser step {row['step']} {what}: lower learning_rate (the last good "
+                                "checkpoint was kept)") from error
         row["ndcg@10"] = float(self.cases.mean())
 
 # %% ../../nbs/training/04_callbacks.ipynb #a1898619
