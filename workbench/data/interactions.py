@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNITS', 'DATES', 'MISSING', 'MAX_ID', 'SLACK', 'NOTHING', 'SEEN', 'unit_of', 'from_dates', 'seconds', 'id_reasons',
            'time_reasons', 'judge', 'quarantine_path', 'set_aside', 'too_dirty', 'quarantine', 'schema', 'check_events',
-           'Interactions', 'read_seen', 'read_split', 'number', 'keep_core', 'pack_events', 'good_events', 'each_once',
-           'settle', 'from_raw', 'read_interactions']
+           'Interactions', 'read_seen', 'read_split', 'number', 'keep_core', 'with_rare', 'pack_events', 'good_events',
+           'each_once', 'settle', 'from_raw', 'read_interactions']
 
 # %% ../../nbs/data/04_interactions.ipynb #479be4d1
 import hashlib, time
@@ -242,10 +242,13 @@ def keep_core(
                         "lower min_history or min_count")
     lost, whole = int((~kept).sum()), len(log) + sum(row["rows"] for row in log.report.rows)
     if not lost: return log
-    row = {"reason": f"item played less than {min_count} times or user with less than {min_history} interactions",
-           "rows": lost, "share": lost/whole}
-    report = replace(log.report, rows=[*log.report.rows, row])
+    report = with_rare(log.report, min_count, min_history, lost, whole)
     return replace(log, events=log.events.filter(pl.Series(kept)), report=report)
+
+def with_rare(report: Table, min_count: int, min_history: int, lost: int, rows: int) -> Table:  # rows: of the log
+    "Add the row of rare items and short histories to a report."
+    reason = f"item played less than {min_count} times or user with less than {min_history} interactions"
+    return replace(report, rows=[*report.rows, {"reason": reason, "rows": lost, "share": lost/rows}])
 
 def pack_events(
     log: Interactions,              # a checked log

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pieces_of', 'damaged', 'read_piece', 'bounds_of', 'with_part', 'save_part', 'clean_part', 'keep_part', 'pack_part',
            'joined', 'for_each', 'divide', 'counted', 'report_of', 'Parted', 'keep', 'prepare_parts', 'run_parts',
-           'assemble', 'with_lost']
+           'assemble']
 
 # %% ../../nbs/data/09_parts.ipynb #d882f723
 import logging, shutil, tempfile
@@ -22,7 +22,8 @@ from ..cluster import LOCAL, cluster
 from .catalogue import Catalogue
 from .formats import as_text, check_columns, parse_columns
 from .histories import Histories, finish
-from .interactions import each_once, good_events, judge, number, quarantine_path, set_aside, too_dirty
+from .interactions import (
+    each_once, good_events, judge, number, quarantine_path, set_aside, too_dirty, with_rare)
 from ..errors import DataError, UsageError
 from ..settings import settings
 from ..tables import Table
@@ -85,32 +86,32 @@ def with_part(table: pl.DataFrame, bounds: list[str]) -> pl.DataFrame:  # and pa
     return table.with_columns(pl.Series("part", np.searchsorted(np.array(bounds, dtype=object), users, side="right")))
 
 # %% ../../nbs/data/09_parts.ipynb #d60c54af
-def save_part(folder: Path, part: int, events: pl.DataFrame) -> None:
+def save_part(folder: Path, part: int, turn: int, events: pl.DataFrame) -> None:
     "Write the events of a part, and count its items."
-    events.write_parquet(folder/f"events-{part}.parquet")
-    events.group_by("item_id").len().write_parquet(folder/f"counts-{part}.parquet")
+    events.write_parquet(folder/f"events-{turn}-{part}.parquet")
+    events.group_by("item_id").len().write_parquet(folder/f"counts-{turn}-{part}.parquet")
 
 def clean_part(part: int, folder: Path, source: Path, home: Path | None) -> dict[str, Any]:
     "Judge the rows of a part; return how many there were, how many are bad, and what was dropped."
     files = sorted((folder/f"part={part}").glob("*.parquet"))
-    raw = pl.concat([pl.read_parquet(file, hive_partitioning=False) for file in files]).sort("row")
+    raw = pl.concat([pl.read_parquet(file, hive_partitioning=False) for file in files]).unique("row").sort("row")
     target = quarantine_path(source/f"part-{part}", home)
     judged = judge(raw.drop("part", strict=False))
     events, dropped = each_once(good_events(judged), set_aside(judged, target))
-    save_part(folder, part, events.with_columns(pl.col("user_id", "item_id").cast(pl.String)))
+    save_part(folder, part, 0, events.with_columns(pl.col("user_id", "item_id").cast(pl.String)))
     return {"rows": raw.height, "dropped": dropped, "target": target}
 
-def keep_part(part: int, folder: Path, items: pl.Series, min_history: int) -> int:  # rows that were lost
-    "Drop rare items and then short histories from a part."
-    events = pl.read_parquet(folder/f"events-{part}.parquet")
+def keep_part(part: int, folder: Path, turn: int, items: pl.Series, min_history: int) -> int:  # rows that were lost
+    "Drop rare items and then short histories from a part, which is then the part of the next turn."
+    events = pl.read_parquet(folder/f"events-{turn}-{part}.parquet")
     kept = events.filter(pl.col("item_id").is_in(items.implode())).filter(pl.len().over("user_id") >= min_history)
-    if kept.height < events.height: save_part(folder, part, kept)
+    save_part(folder, part, turn + 1, kept)
     return events.height - kept.height
 
 # %% ../../nbs/data/09_parts.ipynb #8ec754af
-def pack_part(part: int, folder: Path, items: pl.Series) -> None:  # items: of the whole log, in order
+def pack_part(part: int, folder: Path, turn: int, items: pl.Series) -> None:  # items: of the whole log, in order
     "Write the arrays of a part."
-    events = pl.read_parquet(folder/f"events-{part}.parquet")
+    events = pl.read_parquet(folder/f"events-{turn}-{part}.parquet")
     users, user_ids = number(events["user_id"]) if events.height else (np.zeros(0, np.int32), np.zeros(0, "<U1"))
     table = pl.DataFrame({"item_id": items, "number": np.arange(1, len(items) + 1, dtype=np.int32)})
     numbers = events.select("item_id").join(table, on="item_id", how="left", maintain_order="left")["number"].to_numpy()
@@ -158,9 +159,9 @@ def divide(pieces: Sequence[dict[str, Any]], wanted: dict[str, str], bounds: lis
         raise
 
 # %% ../../nbs/data/09_parts.ipynb #1c4b1502
-def counted(folder: Path, parts: int) -> pl.DataFrame:  # item_id, len
+def counted(folder: Path, parts: int, turn: int) -> pl.DataFrame:  # item_id, len
     "Add up how often each item is played."
-    counts = (pl.scan_parquet(folder/f"counts-{part}.parquet") for part in range(parts))
+    counts = (pl.scan_parquet(folder/f"counts-{turn}-{part}.parquet") for part in range(parts))
     return pl.concat(counts).group_by("item_id").agg(pl.col("len").sum()).collect()
 
 def report_of(found: list[dict[str, Any]], source: Path, limit: float) -> Table:
@@ -198,15 +199,15 @@ class Parted:
         return self.histories._repr_html_() + (self.report._repr_html_() if self.report.rows else "")
 
 # %% ../../nbs/data/09_parts.ipynb #5f07d095
-def keep(folder: Path, parts: int, min_count: int, min_history: int) -> int:  # rows that were lost
+def keep(folder: Path, parts: int, min_count: int, min_history: int) -> tuple[int, int]:  # rows lost, turns taken
     "Drop rare items and short histories from all parts until none is left."
-    lost = 0
-    while min_count > 1 or min_history > 1:
-        frequent = counted(folder, parts).filter(pl.col("len") >= min_count)["item_id"]
-        now = sum(for_each(partial(keep_part, folder=folder, items=frequent, min_history=min_history), range(parts)))
-        if not now: break
-        lost += now
-    return lost
+    lost, turn, now = 0, 0, min_count > 1 or min_history > 1
+    while now:
+        frequent = counted(folder, parts, turn).filter(pl.col("len") >= min_count)["item_id"]
+        drop = partial(keep_part, folder=folder, turn=turn, items=frequent, min_history=min_history)
+        now = sum(for_each(drop, range(parts)))
+        lost, turn = lost + now, turn + 1
+    return lost, turn
 
 # %% ../../nbs/data/09_parts.ipynb #6e848b74
 def prepare_parts(
@@ -248,13 +249,14 @@ def run_parts(log: Path, pieces: list[dict[str, Any]], wanted: dict[str, str], b
     parts = len(there)
     found = for_each(partial(clean_part, folder=aside, source=log, home=rules["home"]), range(parts))
     report = report_of(found, log, rules["limit"])
-    lost = keep(aside, parts, rules["min_count"], rules["min_history"])
-    items = counted(aside, parts)["item_id"].sort()
+    lost, turn = keep(aside, parts, rules["min_count"], rules["min_history"])
+    items = counted(aside, parts, turn)["item_id"].sort()
     if not len(items): raise DataError(f"{log} has no interactions left: there is nothing to learn from")
-    for_each(partial(pack_part, folder=aside, items=items), range(parts))
+    for_each(partial(pack_part, folder=aside, turn=turn, items=items), range(parts))
     whole = assemble(log.name, aside, parts, np.array(items.to_list(), dtype=np.str_), rules)
     whole.save(folder)
-    if lost: report = with_lost(report, lost, sum(each["rows"] for each in found), rules)
+    rows = sum(each["rows"] for each in found)
+    if lost: report = with_rare(report, rules["min_count"], rules["min_history"], lost, rows)
     return Parted(Histories.load(folder), report)
 
 def assemble(name: str, folder: Path, parts: int, item_ids: np.ndarray, rules: dict[str, Any]) -> Histories:
@@ -263,9 +265,3 @@ def assemble(name: str, folder: Path, parts: int, item_ids: np.ndarray, rules: d
     items, times, user_ids, lengths = (joined(folder, each, parts) for each in names)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return finish(name, items, offsets, times, user_ids, item_ids, rules["split"], rules["exclude_seen"])
-
-def with_lost(report: Table, lost: int, rows: int, rules: dict[str, Any]) -> Table:
-    "Add the row of rare items and short histories to a report."
-    reason = (f"item played less than {rules['min_count']} times or user with less than {rules['min_history']} "
-              "interactions")
-    return Table([*report.rows, {"reason": reason, "rows": lost, "share": lost/rows}], report.title)
