@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from logs import uneven_walks
 
 from workbench.data.histories import Histories, pack
+from workbench.data.synthetic import walks
 from workbench.errors import TrainingError
 from workbench.training import checkpoints
 from workbench.training.checkpoints import STATE, load_checkpoint, newest_state, state_folders
@@ -38,7 +38,7 @@ fit(Recipe(**json.loads(recipe)), Histories.load(log), folder, progress=False, e
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
-    return uneven_walks().save(tmp_path_factory.mktemp("log")/"histories")
+    return walks(300, 80, plays=(3, 39)).save(tmp_path_factory.mktemp("log")/"histories")
 
 
 def start(log, folder, recipe=RECIPE, every=0.0, limit=0):

@@ -16,11 +16,11 @@ import polars as pl
 import psutil
 import pytest
 import torch
-from logs import uneven_walks
 
 from workbench.cluster import cluster
 from workbench.data.datasets import load
 from workbench.data.histories import Histories
+from workbench.data.synthetic import walks
 from workbench.errors import TrainingError
 from workbench.training import scaling
 from workbench.training.checkpoints import newest_state, state_folders
@@ -37,7 +37,7 @@ DROPPING = replace(PLAIN, dropout=0.2, epochs=8, patience=8)
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
-    return uneven_walks().save(tmp_path_factory.mktemp("log")/"histories")
+    return walks(300, 80, plays=(3, 39)).save(tmp_path_factory.mktemp("log")/"histories")
 
 
 def children():
@@ -130,6 +130,53 @@ def test_a_worker_killed_in_an_epoch_is_survived_and_the_result_is_the_same(log,
     assert torch.equal(weights(run), weights(undisturbed))
 
 
+def test_a_model_in_parts_ends_as_in_one_process_also_when_a_worker_is_killed(log, tmp_path, monkeypatch):
+    def counting(task):
+        from workbench.training import parallel
+        divide = parallel.shard
+
+        def noted(model, mesh):
+            whole = sum(each.numel() for each in model.parameters())
+            divide(model, mesh)
+            held = sum(each.to_local().numel() for each in model.parameters())
+            (Path(task["folder"])/f"held-{parallel.Group().rank}").write_text(str(held/whole))
+
+        parallel.shard = noted
+        return worker(task)
+
+    worker = scaling.worker
+    monkeypatch.setattr(scaling, "worker", counting)
+    one, killed = in_one_process(log, PLAIN, tmp_path/"one"), beside(lambda: kill_one(tmp_path/"parts"))
+    parts = fit_on_ray(PLAIN, log, tmp_path/"parts", progress=False, every=0.0, sharded=True)
+    assert 0 < killed() < one.curve[-1]["step"]
+    assert np.allclose(losses(parts), losses(one), rtol=1e-5)
+    assert torch.allclose(weights(parts), weights(one), atol=1e-3)
+    held = [float(path.read_text()) for path in (tmp_path/"parts").glob("held-*")]
+    assert len(held) == 2 and max(held) < 0.6 and 1 <= sum(held) < 1.1       # rows are not always even
+    with pytest.raises(TrainingError, match="sharded was True, now False"):
+        fit_on_ray(PLAIN, log, tmp_path/"parts", progress=False)
+
+
+def test_scores_that_are_not_finite_on_one_worker_are_heard_of_by_all(log, tmp_path, monkeypatch):
+    def poisoned(task):
+        from workbench.errors import EvaluationError
+        from workbench.training import callbacks, parallel
+        right = callbacks.own_cases
+
+        def own_cases(model, split):
+            if parallel.Group().rank:
+                raise EvaluationError("the scores are not finite: of no use")
+            return right(model, split)
+
+        callbacks.own_cases = own_cases
+        return worker(task)
+
+    worker = scaling.worker
+    monkeypatch.setattr(scaling, "worker", poisoned)
+    with pytest.raises(TrainingError, match=r"after optimiser step \d+ the scores are not finite: lower learning_rate"):
+        fit_on_ray(PLAIN, log, tmp_path, progress=False)
+
+
 def test_a_worker_that_dies_too_often_is_said_in_a_sentence(log, tmp_path):
     killed = beside(lambda: kill_one(tmp_path))
     with pytest.raises(TrainingError, match=r"the workers failed 1 times, at last with: .*; fit the same recipe"):
@@ -152,7 +199,7 @@ def test_sigterm_saves_for_all_workers_and_no_random_number_may_be_forgotten(log
 
     def forgetful(task):
         from workbench.training import scaling
-        scaling.SharedSaver.set_random = lambda self, state: None
+        scaling.Saver.set_random = lambda self, states: None
         return worker(task)
 
     worker = scaling.worker
@@ -164,9 +211,9 @@ def test_sigterm_saves_for_all_workers_and_no_random_number_may_be_forgotten(log
 
 def test_a_loss_that_is_not_finite_on_one_worker_comes_back_as_what_it_is(log, tmp_path, monkeypatch):
     def poisoned(task):
-        from workbench.training import scaling
-        right = scaling.weight
-        scaling.weight = lambda batch, mine, workers: right(batch, mine, workers)*(np.nan if scaling.distributed.get_rank() else 1)
+        from workbench.training import parallel
+        right = parallel.weight
+        parallel.weight = lambda batch, mine, workers: right(batch, mine, workers)*(np.nan if parallel.Group().rank else 1)
         return worker(task)
 
     worker = scaling.worker

@@ -25,17 +25,19 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/data/07_synthetic.ipynb #1c363fb3
 def walks(
-    users: int = 300,   # listeners
-    items: int = 60,    # on the circle
-    plays: int = 30,    # of each listener
-    seed: int = 0,      # of the walks
-) -> Histories:         # items may repeat; the timestamps are an order
+    users: int = 300,                    # listeners
+    items: int = 60,                     # on the circle
+    plays: int | tuple[int, int] = 30,   # of each listener; or the fewest and the most
+    seed: int = 0,                       # of the walks
+) -> Histories:                          # items may repeat; the timestamps are an order
     "Make a small log of listeners who walk through the items, mostly one step at a time."
-    random = np.random.default_rng(seed)
-    steps = np.where(random.random((users, plays)) < 0.8, 1, random.integers(0, items, (users, plays)))
+    fewest, most = (plays, plays) if isinstance(plays, int) else plays
+    random, lengths = np.random.default_rng(seed), np.random.default_rng(seed + 1).integers(fewest, most + 1, users)
+    steps = np.where(random.random((users, most)) < 0.8, 1, random.integers(0, items, (users, most)))
     track = (random.integers(0, items, (users, 1)) + steps.cumsum(1)) % items
-    return pack("walks", np.repeat(np.arange(users), plays), track.ravel(), np.tile(np.arange(plays), users),
-                np.arange(users).astype(str), np.arange(items).astype(str), exclude_seen=False)
+    user, time = np.nonzero(np.arange(most) < lengths[:, None])
+    return pack("walks", user, track[user, time], time, np.arange(users).astype(str), np.arange(items).astype(str),
+                exclude_seen=False)
 
 # %% ../../nbs/data/07_synthetic.ipynb #2f1146ed
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,10 @@ class LossModule(lightning.LightningModule):
             self.encode = torch.compile(model.hidden, dynamic=False)
             self.uncut_loss = torch.compile(self.whole_loss, dynamic=False, mode="reduce-overhead")
 
+    def whole(self) -> Encoder:
+        "Return the model with all of its weights."
+        return self.model
+
     def whole_loss(self, items: Tensor, targets: Tensor, **known: Tensor) -> Tensor:  # of tensors [B, L]
         "Compute the loss of one optimiser step at all positions."
         return self.loss(self.model.hidden(items, **known).flatten(0, 1), self.model.item_vectors, targets.flatten())
@@ -76,7 +80,7 @@ class SequenceModule(LossModule):
     def gradients(self, batch: Windows) -> Tensor:  # of tensors [B, L]
         "Compute the gradients of one optimiser step and return its loss, detached."
         loss = self.window_loss(batch)
-        self.manual_backward(loss)
+        self.backward(loss)
         return loss.detach().clone()      # a CUDA graph writes the next one over it
 
     def one_step(self, optimizer: torch.optim.Optimizer, batch: Windows) -> Tensor:  # of tensors [B, L]
