@@ -1,5 +1,6 @@
 """What every test shares: where the data sets are, and a home of its own for what a test writes."""
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ MIRROR = ROOT.parent / "shared" / "data"
 if MIRROR.is_dir():
     os.environ.setdefault("WORKBENCH_DATA_MIRROR", str(MIRROR))
 os.environ.setdefault("WORKBENCH_PATHS_HOME", ".workbench/test")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:           # what a shell starts in the background ignores Ctrl-C,
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # and so would everything that a test starts and interrupts
 
 
 @pytest.fixture

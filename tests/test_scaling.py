@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from workbench.cluster import cluster
+from workbench.data import parts
 from workbench.data.datasets import load
 from workbench.data.histories import Histories
 from workbench.data.synthetic import walks
@@ -147,10 +148,10 @@ def test_a_model_in_parts_ends_as_in_one_process_also_when_a_worker_is_killed(lo
     worker = scaling.worker
     monkeypatch.setattr(scaling, "worker", counting)
     one, killed = in_one_process(log, PLAIN, tmp_path/"one"), beside(lambda: kill_one(tmp_path/"parts"))
-    parts = fit_on_ray(PLAIN, log, tmp_path/"parts", progress=False, every=0.0, sharded=True)
+    sharded = fit_on_ray(PLAIN, log, tmp_path/"parts", progress=False, every=0.0, sharded=True)
     assert 0 < killed() < one.curve[-1]["step"]
-    assert np.allclose(losses(parts), losses(one), rtol=1e-5)
-    assert torch.allclose(weights(parts), weights(one), atol=1e-3)
+    assert np.allclose(losses(sharded), losses(one), rtol=1e-5)
+    assert torch.allclose(weights(sharded), weights(one), atol=1e-3)
     held = [float(path.read_text()) for path in (tmp_path/"parts").glob("held-*")]
     assert len(held) == 2 and max(held) < 0.6 and 1 <= sum(held) < 1.1       # rows are not always even
     with pytest.raises(TrainingError, match="sharded was True, now False"):
@@ -247,6 +248,24 @@ def folder_of(log, folder):
     for name, part in (("a", table[:4000]), ("b", table[4000:])):
         part.write_parquet(folder/f"{name}.parquet", row_group_size=700)
     return folder
+
+
+def test_a_worker_killed_while_it_prepares_a_part_is_survived_and_the_result_is_the_same(log, tmp_path, monkeypatch):
+    def dies_once(part, **given):
+        if part == 1 and not (tmp_path/"died").exists():
+            (tmp_path/"died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return clean_part(part, **given)
+
+    clean_part = parts.clean_part
+    monkeypatch.setattr(parts, "clean_part", dies_once)
+    dataset = folder_of(log, tmp_path/"plays")
+    done = parts.prepare_parts(dataset, folder=tmp_path/"histories", parts=3, home=tmp_path)
+    assert (tmp_path/"died").exists()
+    monkeypatch.undo()
+    undisturbed = parts.prepare_parts(dataset, folder=tmp_path/"again", parts=3, home=tmp_path)
+    assert done.histories.fingerprint == undisturbed.histories.fingerprint
+    assert done.to_dict() == undisturbed.to_dict()
 
 
 def prepare_step(home, folder, dataset):

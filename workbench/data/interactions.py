@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'DATES', 'MISSING', 'MAX_ID', 'SLACK', 'NOTHING', 'SEEN', 'unit_of', 'from_dates', 'seconds', 'id_reasons',
-           'time_reasons', 'judge', 'quarantine_path', 'set_aside', 'too_dirty', 'quarantine', 'schema', 'check_events',
-           'Interactions', 'read_seen', 'read_split', 'number', 'keep_core', 'with_rare', 'pack_events', 'good_events',
-           'each_once', 'settle', 'from_raw', 'read_interactions']
+           'time_reasons', 'judge', 'quarantine_path', 'set_aside', 'too_dirty', 'quarantine', 'schema', 'hold',
+           'check_events', 'Interactions', 'read_seen', 'read_split', 'number', 'keep_core', 'with_rare', 'pack_events',
+           'good_events', 'each_once', 'settle', 'from_raw', 'read_interactions']
 
 # %% ../../nbs/data/04_interactions.ipynb #479be4d1
 import hashlib, time
@@ -139,15 +139,22 @@ def schema():
     ids = {name: pa.Column(pl.Categorical, lengths) for name in IDS}
     return pa.DataFrameSchema({**ids, "timestamp": pa.Column(pl.Int64, pa.Check.ge(0))}, strict=True)
 
+def hold(
+    events: pl.DataFrame,   # user_id, item_id, timestamp
+    name: str,              # for the error
+) -> pl.DataFrame:          # the same
+    "Hold events to the schema; raises `DataError`."
+    import pandera.errors
+    try: return schema().validate(events)
+    except (pandera.errors.SchemaError, pandera.errors.SchemaErrors) as error:
+        raise DataError(f"{name} breaks the schema of interactions: {str(error).splitlines()[0]}") from None
+
 def check_events(
     events: pl.DataFrame,   # user_id, item_id, timestamp
     name: str,              # for the error
 ) -> pl.DataFrame:          # the same
     "Hold events to the schema, and refuse a log too small to learn from."
-    import pandera.errors
-    try: schema().validate(events)
-    except (pandera.errors.SchemaError, pandera.errors.SchemaErrors) as error:
-        raise DataError(f"{name} breaks the schema of interactions: {str(error).splitlines()[0]}") from None
+    hold(events, name)
     if not events.height: raise DataError(f"{name} has no interactions: there is nothing to learn from")
     if events.height == 1: raise DataError(f"{name} has one interaction only: there is nothing to learn from")
     for column, what in (("user_id", "user"), ("item_id", "item")):

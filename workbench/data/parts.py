@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['pieces_of', 'damaged', 'read_piece', 'bounds_of', 'with_part', 'save_part', 'clean_part', 'keep_part', 'pack_part',
-           'joined', 'for_each', 'divide', 'counted', 'report_of', 'Parted', 'keep', 'prepare_parts', 'run_parts',
-           'assemble']
+           'joined', 'for_each', 'divide', 'Rules', 'counted', 'report_of', 'Parted', 'keep', 'prepare_parts',
+           'run_parts', 'assemble']
 
 # %% ../../nbs/data/09_parts.ipynb #d882f723
 import logging, shutil, tempfile
@@ -23,7 +23,7 @@ from .catalogue import Catalogue
 from .formats import as_text, check_columns, parse_columns
 from .histories import Histories, finish
 from .interactions import (
-    each_once, good_events, judge, number, quarantine_path, set_aside, too_dirty, with_rare)
+    each_once, good_events, hold, judge, number, quarantine_path, set_aside, too_dirty, with_rare)
 from ..errors import DataError, UsageError
 from ..settings import settings
 from ..tables import Table
@@ -98,6 +98,7 @@ def clean_part(part: int, folder: Path, source: Path, home: Path | None) -> dict
     target = quarantine_path(source/f"part-{part}", home)
     judged = judge(raw.drop("part", strict=False))
     events, dropped = each_once(good_events(judged), set_aside(judged, target))
+    events = hold(events, f"part {part} of {source}")
     save_part(folder, part, 0, events.with_columns(pl.col("user_id", "item_id").cast(pl.String)))
     return {"rows": raw.height, "dropped": dropped, "target": target}
 
@@ -159,6 +160,16 @@ def divide(pieces: Sequence[dict[str, Any]], wanted: dict[str, str], bounds: lis
         raise
 
 # %% ../../nbs/data/09_parts.ipynb #1c4b1502
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    "How a log is prepared in parts."
+    min_count: int                      # interactions an item needs to stay
+    min_history: int                    # interactions a user needs to stay
+    split: str | tuple[int, int]        # leave_last_out, or the unix seconds where validation and test begin
+    exclude_seen: bool | None           # None lets the log decide
+    limit: float                        # share of bad rows accepted
+    home: Path                          # where quarantine files go
+
 def counted(folder: Path, parts: int, turn: int) -> pl.DataFrame:  # item_id, len
     "Add up how often each item is played."
     counts = (pl.scan_parquet(folder/f"counts-{turn}-{part}.parquet") for part in range(parts))
@@ -199,12 +210,12 @@ class Parted:
         return self.histories._repr_html_() + (self.report._repr_html_() if self.report.rows else "")
 
 # %% ../../nbs/data/09_parts.ipynb #5f07d095
-def keep(folder: Path, parts: int, min_count: int, min_history: int) -> tuple[int, int]:  # rows lost, turns taken
+def keep(folder: Path, parts: int, rules: Rules) -> tuple[int, int]:  # rows lost, turns taken
     "Drop rare items and short histories from all parts until none is left."
-    lost, turn, now = 0, 0, min_count > 1 or min_history > 1
+    lost, turn, now = 0, 0, rules.min_count > 1 or rules.min_history > 1
     while now:
-        frequent = counted(folder, parts, turn).filter(pl.col("len") >= min_count)["item_id"]
-        drop = partial(keep_part, folder=folder, turn=turn, items=frequent, min_history=min_history)
+        frequent = counted(folder, parts, turn).filter(pl.col("len") >= rules.min_count)["item_id"]
+        drop = partial(keep_part, folder=folder, turn=turn, items=frequent, min_history=rules.min_history)
         now = sum(for_each(drop, range(parts)))
         lost, turn = lost + now, turn + 1
     return lost, turn
@@ -233,35 +244,35 @@ def prepare_parts(
     bounds = bounds_of(pieces, wanted, parts)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".parts-", dir=folder.parent))
+    rules = Rules(min_count=min_count, min_history=min_history, split=split, exclude_seen=exclude_seen, home=home,
+                  limit=settings().data.quarantine if limit is None else limit)
     try:
-        with cluster(address, processors): return run_parts(log, pieces, wanted, bounds, aside, folder, {
-            "min_count": min_count, "min_history": min_history, "split": split, "exclude_seen": exclude_seen,
-            "limit": settings().data.quarantine if limit is None else limit, "home": home})
+        with cluster(address, processors): return run_parts(log, pieces, wanted, bounds, aside, folder, rules)
     finally: shutil.rmtree(aside, ignore_errors=True)
 
 # %% ../../nbs/data/09_parts.ipynb #c089e950
 def run_parts(log: Path, pieces: list[dict[str, Any]], wanted: dict[str, str], bounds: list[str], aside: Path,
-              folder: Path, rules: dict[str, Any]) -> Parted:
+              folder: Path, rules: Rules) -> Parted:
     "Do what `prepare_parts` says, on the cluster that there is."
     divide(pieces, wanted, bounds, aside)
     there = sorted(int(path.name.removeprefix("part=")) for path in aside.glob("part=*"))
     for place, part in enumerate(there): (aside/f"part={part}").rename(aside/f"part={place}")   # none may be empty
     parts = len(there)
-    found = for_each(partial(clean_part, folder=aside, source=log, home=rules["home"]), range(parts))
-    report = report_of(found, log, rules["limit"])
-    lost, turn = keep(aside, parts, rules["min_count"], rules["min_history"])
+    found = for_each(partial(clean_part, folder=aside, source=log, home=rules.home), range(parts))
+    report = report_of(found, log, rules.limit)
+    lost, turn = keep(aside, parts, rules)
     items = counted(aside, parts, turn)["item_id"].sort()
     if not len(items): raise DataError(f"{log} has no interactions left: there is nothing to learn from")
     for_each(partial(pack_part, folder=aside, turn=turn, items=items), range(parts))
     whole = assemble(log.name, aside, parts, np.array(items.to_list(), dtype=np.str_), rules)
     whole.save(folder)
     rows = sum(each["rows"] for each in found)
-    if lost: report = with_rare(report, rules["min_count"], rules["min_history"], lost, rows)
+    if lost: report = with_rare(report, rules.min_count, rules.min_history, lost, rows)
     return Parted(Histories.load(folder), report)
 
-def assemble(name: str, folder: Path, parts: int, item_ids: np.ndarray, rules: dict[str, Any]) -> Histories:
+def assemble(name: str, folder: Path, parts: int, item_ids: np.ndarray, rules: Rules) -> Histories:
     "Lay the packed parts together."
     names = ("items", "timestamps", "user_ids", "lengths")
     items, times, user_ids, lengths = (joined(folder, each, parts) for each in names)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return finish(name, items, offsets, times, user_ids, item_ids, rules["split"], rules["exclude_seen"])
+    return finish(name, items, offsets, times, user_ids, item_ids, rules.split, rules.exclude_seen)

@@ -40,9 +40,9 @@ def attempt(action: Callable[[], Any]) -> tuple[Any, WorkbenchError | None]:
 class Group(Alone):
     "The processes of PyTorch's default process group."
     @property
-    def rank(self) -> int: return distributed.get_rank()                          # type: ignore[override]
+    def rank(self) -> int: return distributed.get_rank()
     @property
-    def size(self) -> int: return distributed.get_world_size()                    # type: ignore[override]
+    def size(self) -> int: return distributed.get_world_size()
 
     def first(self, action: Callable[[], Any]) -> Any:
         outcome = [attempt(action) if self.rank == 0 else None]
