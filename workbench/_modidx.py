@@ -1050,6 +1050,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'workbench/optimization/benchmark.py'),
                                                   'workbench.optimization.benchmark.machine': ( 'optimization/benchmark.html#machine',
                                                                                                 'workbench/optimization/benchmark.py'),
+                                                  'workbench.optimization.benchmark.machine_table': ( 'optimization/benchmark.html#machine_table',
+                                                                                                      'workbench/optimization/benchmark.py'),
                                                   'workbench.optimization.benchmark.measure': ( 'optimization/benchmark.html#measure',
                                                                                                 'workbench/optimization/benchmark.py'),
                                                   'workbench.optimization.benchmark.measure_one': ( 'optimization/benchmark.html#measure_one',

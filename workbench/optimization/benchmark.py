@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BATCHES', 'SECONDS', 'plan', 'Candidate', 'alive', 'Clock', 'Conditions', 'compile_one', 'same_lists', 'gains',
-           'open_one', 'judge', 'measure_one', 'measure', 'summarise', 'processor', 'machine', 'notes', 'compete',
-           'bench']
+           'open_one', 'judge', 'measure_one', 'measure', 'summarise', 'processor', 'machine', 'machine_table', 'notes',
+           'compete', 'bench']
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #8e635ed5
 import os, platform, tempfile, time
@@ -28,6 +28,7 @@ from .compress import compressions
 from .variants import fingerprint, instruction_sets
 from .worker import Cases, Worker, draw_cases
 from ..settings import settings
+from ..tables import Table
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #a534367a
 def plan(
@@ -204,6 +205,12 @@ def machine() -> dict[str, Any]:
     return {"processor": processor(), "cores": cores, "instruction_sets": instruction_sets(),
             "system": f"{platform.system()} {platform.machine()}",
             "python": platform.python_version(), "versions": {name: installed(name) for name in names}}
+
+def machine_table(threads: int, packages: Iterable[str] = ("torch", "lightning")) -> Table:
+    "Return where a benchmark ran, on so many threads, as the head of its page."
+    here = machine()
+    return Table([{**{name: here[name] for name in ("processor", "cores", "system", "python")}, "threads": threads,
+                   **{name: installed(name) for name in packages}}], "Where this ran")
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #46b2f2ce
 def notes(total: int, progress: bool) -> tuple[Any, Callable[[str], None]]:
