@@ -705,6 +705,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'workbench/models/blocks.py'),
                                          'workbench.models.blocks.SwiGLU.forward': ( 'models/blocks.html#swiglu.forward',
                                                                                      'workbench/models/blocks.py'),
+                                         'workbench.models.blocks.attend': ('models/blocks.html#attend', 'workbench/models/blocks.py'),
                                          'workbench.models.blocks.gap_buckets': ( 'models/blocks.html#gap_buckets',
                                                                                   'workbench/models/blocks.py'),
                                          'workbench.models.blocks.halves': ('models/blocks.html#halves', 'workbench/models/blocks.py'),

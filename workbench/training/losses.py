@@ -101,9 +101,8 @@ class Sampled(nn.Module):
         item_vectors: ItemVectors,     # of the model
         targets: Tensor,               # int64[n]
         offset: Tensor,                # float32[n_items + 1], added to the scores of negatives
-        hit: float,                    # the score of a negative that is the position's own target
     ) -> tuple[Tensor, Tensor]:        # float32[n] scores of the targets, float32[n, negatives] of the negatives
-        "Draw negatives and score them beside the targets."
+        "Draw negatives and score them beside the targets; one that is the position's own target has −∞."
         drawn = self.draw(len(targets))
         own, offset = item_vectors(targets).to(hidden.dtype), offset[drawn].to(hidden.dtype)
         if self.shared: theirs = torch.addmm(offset, hidden, item_vectors(drawn).to(hidden.dtype).T)
@@ -112,7 +111,9 @@ class Sampled(nn.Module):
         else:
             others = item_vectors(drawn).to(hidden.dtype)
             theirs = torch.baddbmm(offset[:, :, None], others, hidden[:, :, None])[:, :, 0]
-        return (hidden*own).sum(1).float(), theirs.float().masked_fill_(drawn == targets[:, None], hit)
+        theirs = theirs.float()
+        with torch.no_grad(): theirs.masked_fill_(drawn == targets[:, None], -torch.inf)   # where a loss is flat
+        return (hidden*own).sum(1).float(), theirs
 
 # %% ../../nbs/training/01_losses.ipynb #fc8e4d2e
 def average(
@@ -127,8 +128,9 @@ def average(
 class SampledSoftmax(Sampled):
     "Softmax cross entropy over the target and sampled negatives, corrected for how they were sampled."
     def forward(self, hidden: Tensor, item_vectors: ItemVectors, targets: Tensor) -> Tensor:
-        own, others = self.scores(hidden, item_vectors, targets, -self.expected, -torch.inf)
-        return average(torch.logaddexp(own, torch.logsumexp(others, 1)) - own, targets)
+        own, others = self.scores(hidden, item_vectors, targets, -self.expected)
+        scores, first = torch.cat([own[:, None], others], 1), torch.zeros_like(targets)
+        return average(F.cross_entropy(scores, first, reduction="none"), targets)
 
 # %% ../../nbs/training/01_losses.ipynb #9157b609
 class GBCE(Sampled):
@@ -139,7 +141,7 @@ class GBCE(Sampled):
         self.power = rate*(recipe.calibration*(1 - 1/rate) + 1/rate)
 
     def forward(self, hidden: Tensor, item_vectors: ItemVectors, targets: Tensor) -> Tensor:
-        own, others = self.scores(hidden, item_vectors, targets, torch.zeros_like(self.expected), -torch.inf)
+        own, others = self.scores(hidden, item_vectors, targets, torch.zeros_like(self.expected))
         wrong = F.softplus(others).sum(1)                                                 # −log(1 − σ(s))
         return average((self.power*F.softplus(-own) + wrong)/(self.negatives + 1), targets)
 

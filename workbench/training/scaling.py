@@ -132,7 +132,7 @@ def read_back(recipe: Recipe, histories: Histories, folder: Path, start: Encoder
     "Build a run here, as far as its newest state has come."
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        training = set_up(recipe, histories, folder, start, features)
+        training = set_up(recipe, histories, folder, start, features, kind=ShardedModule if sharded else SharedModule)
     training.saver.facts |= {"workers": workers, "sharded": sharded}
     training.go_on()
     return training

@@ -49,6 +49,7 @@ class Spec:
     output: str = "."                     # where arrays of ranks are written
     warmup: int = 10                      # first batches that no rate counts
     threads: int = 1                      # of torch
+    precision: str | None = None          # bfloat16 for autocast (rectools, workbench)
     seed: int = 0                         # of weights, order and dropout
     as_shipped: bool = False              # recbole: leave autograd's anomaly detection on
 

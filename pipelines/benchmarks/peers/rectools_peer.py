@@ -112,7 +112,8 @@ def train(spec: Spec, log: Histories, meter: Meter, ready: Any) -> None:
         return rank_cases(cases[part].score, split)
 
     model._trainer = Trainer(                          # RecTools' documentation says to assign it
-        max_epochs=spec.epochs or -1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        max_epochs=spec.epochs or -1, accelerator="cpu", devices=1,
+        precision="bf16-mixed" if spec.precision == "bfloat16" else None, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[Counter(meter, rank, ready)])
     part = log.train
     model.fit(Dataset.construct(interactions(log, part.users, part.starts, part.ends)))

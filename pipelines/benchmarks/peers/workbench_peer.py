@@ -16,7 +16,8 @@ from workbench.evaluation.protocol import ranks
 from workbench.training.fit import quiet, set_up
 from workbench.training.recipes import recipes
 
-NAMES = ("width", "blocks", "heads", "length", "dropout", "learning_rate", "batch_size", "loss", "negatives")
+NAMES = ("width", "blocks", "heads", "length", "dropout", "learning_rate", "batch_size", "loss", "negatives",
+         "precision")
 
 
 class Counter(Callback):
