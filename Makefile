@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .peers/.ready
-BENCH ?= prepare quality inference growth training overhead catalogue convergence
+BENCH ?= prepare quality inference growth training overhead warm catalogue convergence
 
 # Copies of data sets that are looked into before any download (optional).
 ifneq ($(wildcard ../shared/data),)
