@@ -143,7 +143,7 @@ def test_a_model_saved_before_there_was_a_family_loads_and_scores_the_same(tmp_p
     config = {"n_items": 9, "length": 4, "width": 4, "blocks": 2, "heads": 2, "dropout": 0.2}
     (tmp_path / "model.json").write_text(json.dumps({"name": "sasrec", "config": config}))
     model = load_model(tmp_path)
-    assert model.config() == config | {"expansion": 4}
+    assert model.config() == config | {"expansion": 4, "hidden": 0, "head_width": 0}
     scores = model(torch.tensor([[3, 1, 9, 0], [2, 2, 7, 4]]), torch.tensor([3, 4]))[:, 1:]
     np.testing.assert_allclose(scores.detach(), [
         [.65599060, .74805069, .64471620, .37297854, .00381708, -.36634144, -.64080977, -.74789536, -.65962690],

@@ -22,6 +22,13 @@ class Shape(NamedTuple):
     dropout: float    # share of what a block adds that is dropped in training
     length: int       # longest history
     expansion: int = 4   # how many times as wide the feed-forward part is inside
+    hidden: int = 0      # units inside the feed-forward part; 0 for expansion × width
+    head_width: int = 0  # of the vectors that a head compares; 0 for width / heads
+
+    @property
+    def inside(self) -> int: return self.hidden or self.expansion*self.width
+    @property
+    def attended(self) -> int: return self.heads*(self.head_width or self.width//self.heads)
 
 def take(
     x: Tensor,          # [B, L, d]
@@ -91,11 +98,12 @@ def average_values(
 # %% ../../nbs/models/03_blocks.ipynb #b4037d41
 class Attention(nn.Module):
     "Causal self-attention with several heads."
-    def __init__(self, width: int, heads: int, bias: bool = True):
+    def __init__(self, shape: Shape, bias: bool = True):
         super().__init__()
-        self.heads = heads
-        self.query, self.key_value = nn.Linear(width, width, bias), nn.Linear(width, 2*width, bias)
-        self.out = nn.Linear(width, width, bias)
+        width, inner = shape.width, shape.attended
+        self.heads = shape.heads
+        self.query, self.key_value = nn.Linear(width, inner, bias), nn.Linear(width, 2*inner, bias)
+        self.out = nn.Linear(inner, width, bias)
 
     def attend(self, x: Tensor, at: Tensor, **mask: Any) -> Tensor:
         "Attend from the positions in `at` to those in `x`."
@@ -114,15 +122,15 @@ class Attention(nn.Module):
 # %% ../../nbs/models/03_blocks.ipynb #d011710d
 class FeedForward(nn.Sequential):
     "Two linear layers with a GELU between, wider inside."
-    def __init__(self, width: int, expansion: int = 4):
-        super().__init__(nn.Linear(width, expansion*width), nn.GELU(), nn.Linear(expansion*width, width))
+    def __init__(self, shape: Shape):
+        super().__init__(nn.Linear(shape.width, shape.inside), nn.GELU(), nn.Linear(shape.inside, shape.width))
 
 class SelfAttentionBlock(nn.Module):
     "A pre-norm transformer block."
     def __init__(self, shape: Shape):
         super().__init__()
         width = shape.width
-        self.attention, self.feed_forward = Attention(width, shape.heads), FeedForward(width, shape.expansion)
+        self.attention, self.feed_forward = Attention(shape), FeedForward(shape)
         self.norm_attention, self.norm_feed_forward = nn.LayerNorm(width), nn.LayerNorm(width)
         self.dropout = Dropout(shape.dropout)
 
@@ -155,10 +163,10 @@ class SelfAttentionBlock(nn.Module):
 # %% ../../nbs/models/03_blocks.ipynb #60495505
 class SwiGLU(nn.Module):
     "A feed-forward part in which one half of the inner layer gates the other, wider inside."
-    def __init__(self, width: int, expansion: int = 4):
+    def __init__(self, shape: Shape):
         super().__init__()
-        self.inner = nn.Linear(width, 2*expansion*width, bias=False)
-        self.out = nn.Linear(expansion*width, width, bias=False)
+        self.inner = nn.Linear(shape.width, 2*shape.inside, bias=False)
+        self.out = nn.Linear(shape.inside, shape.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = halves(self.inner, x, self.training)
@@ -169,8 +177,7 @@ class GatedBlock(SelfAttentionBlock):
     def __init__(self, shape: Shape):
         super().__init__(shape)
         width = shape.width
-        self.attention = Attention(width, shape.heads, bias=False)
-        self.feed_forward = SwiGLU(width, shape.expansion)
+        self.attention, self.feed_forward = Attention(shape, bias=False), SwiGLU(shape)
         self.gate_attention, self.gate_feed_forward = (nn.Linear(width, width, bias=False) for _ in range(2))
 
     def attended(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -226,10 +233,10 @@ class PointwiseBlock(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        width = shape.width
+        width, inner = shape.width, shape.attended
         self.heads = shape.heads
-        self.project, self.out = nn.Linear(width, 4*width, bias=False), nn.Linear(width, width)
-        self.norm, self.norm_mixed = nn.LayerNorm(width), nn.LayerNorm(width, eps=1e-6)
+        self.project, self.out = nn.Linear(width, 4*inner, bias=False), nn.Linear(inner, width)
+        self.norm, self.norm_mixed = nn.LayerNorm(width), nn.LayerNorm(inner, eps=1e-6)
         self.distance, self.gap = nn.Parameter(torch.zeros(shape.length)), nn.Parameter(torch.zeros(BUCKETS + 1))
         self.dropout = Dropout(shape.dropout)
 

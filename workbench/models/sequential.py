@@ -30,17 +30,20 @@ class Stack(ItemEncoder):
         heads: int = 2,                    # of attention; divides `width`
         dropout: float = 0.2,              # on the embeddings and on what a block adds
         expansion: int = 4,                # how many times as wide a feed-forward part is inside
+        hidden: int = 0,                   # units inside a feed-forward part; 0 for expansion × width
+        head_width: int = 0,               # of the vectors that a head compares; 0 for width / heads
         features: Tensor | None = None,    # float[n_items + 1, F], joined into the item vectors
         id_dropout: float = 0.2,           # share of own item vectors dropped in training, where there are features
     ):
         super().__init__()
-        if width % heads:
+        if not head_width and width % heads:
             raise ModelError(f"a width of {width} cannot be split over {heads} heads: let one divide the other")
         self.n_items, self.length = n_items, length
-        self.settings = {"width": width, "blocks": blocks, "heads": heads, "dropout": dropout, "expansion": expansion}
+        self.settings = {"width": width, "blocks": blocks, "heads": heads, "dropout": dropout, "expansion": expansion,
+                         "hidden": hidden, "head_width": head_width}
         self.items = ItemVectors(n_items, width, features, id_dropout)
         self.positions = nn.Embedding(length, width)
-        shape = Shape(width, heads, dropout, length, expansion)
+        shape = Shape(width, heads, dropout, length, expansion, hidden, head_width)
         self.blocks = nn.ModuleList(self.block(shape) for _ in range(blocks))
         self.norm, self.dropout = nn.LayerNorm(width), Dropout(dropout)
         self.apply(initialise)

@@ -9,7 +9,7 @@ __all__ = ['TARGETS', 'SHORT', 'takes', 'decide', 'build_model', 'build_loss', '
 
 # %% ../../nbs/training/06_fit.ipynb #11a3df50
 import ctypes, hashlib, inspect, logging, shutil, signal, sys, tempfile, time, warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +61,8 @@ def build_model(
 ) -> Encoder:
     "Build the model a recipe names, with fresh weights."
     known = {} if features is None else {"features": features, "id_dropout": recipe.id_dropout}
-    if takes(recipe.model, "expansion", "__init__"): known["expansion"] = recipe.expansion
+    inner = {name: getattr(recipe, name) for name in ("expansion", "hidden", "head_width")}
+    known |= {name: value for name, value in inner.items() if takes(recipe.model, name, "__init__")}
     return known_models()[recipe.model](n_items=n_items, length=recipe.length, width=recipe.width, blocks=recipe.blocks,
                                         heads=recipe.heads, dropout=recipe.dropout, **known)
 
@@ -235,7 +236,7 @@ def set_up(
     features: torch.Tensor | None = None,    # float32[n_items + 1, F]
     every: float = 20.0,                     # seconds between two checkpoints
     group: Alone = ALONE,                    # the processes that train it together
-    kind: type[SequenceModule] = SequenceModule,  # or what one of several computes
+    kind: Callable[..., SequenceModule] = SequenceModule,  # or what one of several computes
 ) -> Training:
     "Build everything around a run; the weights depend on PyTorch's random state."
     recipe = decide(recipe, histories.train)
@@ -245,7 +246,7 @@ def set_up(
     module = kind(model, build_loss(recipe, histories.train), recipe, recipe.epochs*batches.n_steps)
     curve = Curve(recipe, sample_cases(histories.validation, recipe.seed), batches, group)
     keep, budget = KeepBest(curve, folder/"best.ckpt"), Budget(recipe.minutes)
-    facts = run_facts(recipe, histories, start, features) | {"workers": group.size}
+    facts = run_facts(recipe, histories, start, features) | {"workers": group.size} | module.facts()
     parts = {"curve": curve, "keep": keep, "budget": budget}
     saver = Saver(folder/"checkpoints", facts, parts, batches.n_steps, every, group)
     return Training(recipe, module, batches, curve, keep, budget, saver)
@@ -270,6 +271,7 @@ def fit(
     features: torch.Tensor | None = None,    # float32[n_items + 1, F], what is known of the items
     every: float = 20.0,                     # seconds between two checkpoints; has no say in what comes out
     callbacks: Sequence[Callback] = (),      # more of Lightning's, called after the validation of an epoch
+    kind: Callable[..., SequenceModule] = SequenceModule,  # what computes a step
 ) -> Run:
     "Train by a recipe; raises `TrainingError` when the loss is no longer finite, or a checkpoint is of another run."
     folder = Path(folder or tempfile.mkdtemp(prefix="workbench-fit-"))
@@ -277,7 +279,7 @@ def fit(
     began = time.perf_counter()
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(recipe.seed)
-        training = set_up(recipe, histories, folder, start, features, every)
+        training = set_up(recipe, histories, folder, start, features, every, kind=kind)
         if training.go_on() and progress: print(where_it_goes_on(training), file=sys.stderr)
         if not training.over: training.train(logger, progress, callbacks)
     return finished(training, time.perf_counter() - began)

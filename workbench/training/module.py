@@ -7,6 +7,7 @@ __all__ = ['learning_rate', 'not_compiled', 'LossModule', 'SequenceModule', 'che
 
 # %% ../../nbs/training/02_module.ipynb #4c64ca8a
 import math
+from typing import Any
 
 import lightning
 import torch
@@ -52,6 +53,10 @@ class LossModule(lightning.LightningModule):
     def whole(self) -> Encoder:
         "Return the model with all of its weights."
         return self.model
+
+    def facts(self) -> dict[str, Any]:
+        "Return what, besides recipe and data, decides what comes out."
+        return {}
 
     def whole_loss(self, items: Tensor, targets: Tensor, **known: Tensor) -> Tensor:  # of tensors [B, L]
         "Compute the loss of one optimiser step at all positions."

@@ -27,6 +27,8 @@ class Recipe:
     blocks: int = 2                   # of the transformer
     heads: int = 1                    # of attention; divides `width`
     expansion: int = 4                # how many times as wide a feed-forward part is inside
+    hidden: int = 0                   # units inside a feed-forward part; 0 for expansion × width
+    head_width: int = 0               # of the vectors that a head compares; 0 for width / heads
     dropout: float = 0.2              # share of activations dropped in training
     id_dropout: float = 0.2           # share of items reduced to their features in training, where there are features
     loss: str = "auto"                # a registered loss; "auto": full cross entropy unless the catalogue is large
@@ -44,6 +46,9 @@ class Recipe:
     epochs: int = 60                  # at most
     check_every: int = 2              # epochs between two validations
     patience: int = 6                 # validations without a clearly better one before training stops
+    teacher: float = 0.5              # share of the loss that is the distance to a teacher's scores, where there is one
+    teacher_likeness: float = 0.0     # weight of the distance to a teacher's idea of which positions are alike
+    temperature: float = 1.0          # divides both scores before they are compared
     confidence: float = 0.0           # that a validation must be better with to count as such; 0: better is better
     minutes: float = 0.0              # stop after the epoch in which this much time has passed; 0 for no limit
     precision: str = "float32"        # or "bfloat16": of the forward pass, weights stay in float32
@@ -54,7 +59,7 @@ class Recipe:
         for field, check, wanted in CHECKS:
             if not check(getattr(self, field)):
                 raise RecipeError(f"recipe {self.name}: {field} is {getattr(self, field)!r}: choose {wanted}")
-        if self.width % self.heads:
+        if not self.head_width and self.width % self.heads:
             raise RecipeError(f"recipe {self.name}: heads is {self.heads}: choose a number that divides width "
                               f"({self.width})")
 
@@ -80,9 +85,11 @@ CHECKS: list[tuple[str, Callable[[Any], bool], str]] = [
         "length": 10_000, "width": 8192, "blocks": 100, "heads": 128, "expansion": 64, "negatives": 1_000_000,
         "steps": 1000, "epochs": 100_000, "check_every": 100_000, "patience": 100_000}.items()),
     ("batch_size", whole(0, 10**6), "a whole number from 0 to 1,000,000"),
+    *((field, whole(0, 65_536), "a whole number from 0 to 65,536") for field in ("hidden", "head_width")),
     *((field, between(low, high), f"a number from {low} to {high}") for field, low, high in [
         ("dropout", 0, 0.95), ("id_dropout", 0, 0.95), ("learning_rate", 1e-8, 10), ("weight_decay", 0, 10),
-        ("clip", 0, 1e6), ("minutes", 0, 1e6), ("calibration", 0, 1), ("confidence", 0, 0.999)]),
+        ("clip", 0, 1e6), ("minutes", 0, 1e6), ("calibration", 0, 1), ("confidence", 0, 0.999),
+        ("teacher", 0, 1), ("teacher_likeness", 0, 1e6), ("temperature", 0.01, 100)]),
     ("warmup", whole(0, 10**9), "a whole number from 0"),
     ("seed", whole(0, 2**32 - 1), "a whole number from 0 to 4294967295"),
     ("schedule", one_of("cosine", "constant"), "cosine or constant"),
