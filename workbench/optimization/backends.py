@@ -7,7 +7,7 @@ __all__ = ['Answer', 'OPSET', 'INPUTS', 'OUTPUTS', 'backends', 'Backend', 'insta
            'Eager', 'quiet', 'Inductor', 'write_onnx', 'OnnxRuntime', 'open_session', 'import_openvino', 'OpenVINO']
 
 # %% ../../nbs/optimization/03_backends.ipynb #625ecc97
-import logging, os, sys, tempfile, threading, warnings
+import json, logging, os, sys, tempfile, threading, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -188,8 +188,10 @@ class OpenVINO(Backend):
     def load(self, folder: Path, threads: int = 1) -> Answer:
         with failures(self.name), quiet():
             openvino = import_openvino()
+            own = folder/"openvino.json"                                     # what a compression asks of the runtime
+            options = {"INFERENCE_PRECISION_HINT": "f32"} | (json.loads(own.read_text()) if own.exists() else {})
             compiled = openvino.Core().compile_model(folder/"model.xml", "CPU", {
-                "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
+                "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **options})
         local = threading.local()
         def answer(*inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             if not hasattr(local, "request"): local.request = compiled.create_infer_request()
