@@ -31,6 +31,7 @@ class Backend:
     name: str                      # what people type
     needs: tuple[str, ...] = ()    # distributions it is made of, for its reason and its versions
     portable: bool = True          # whether its files run on other processors than the one they were made on
+    target: str = "cpu"            # what it compiles for: cpu, gpu or edge
 
     def available(self) -> str | None:  # None when it can be used
         "Say what is missing."

@@ -8,7 +8,7 @@ __all__ = ['RECORD', 'FEWEST', 'CASES', 'variant_name', 'Variant', 'instruction_
            'compression_for', 'compile_variant', 'draw_inputs', 'check_answer', 'check_parity']
 
 # %% ../../nbs/optimization/05_variants.ipynb #5903ccec
-import platform
+import platform, time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -50,6 +50,8 @@ class Variant:
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that made it
     files: dict[str, str] = field(default_factory=dict)     # name → sha256
     lineage: list[dict[str, Any]] = field(default_factory=list)  # how its model came of another, first step first
+    asked: int = 0              # items asked for; `k` is less in a smaller catalogue
+    seconds: float = 0.0        # that compiling took
 
     @property
     def name(self) -> str:
@@ -206,13 +208,15 @@ def compile_variant(
     "Compress, export, compile, and compare with the parent; raises BackendError with the reason when any of it fails."
     from workbench.optimization.export import MAX_BATCH, MAX_EXCLUDE, TopK
     engine, smaller, parent = backends[backend], compression_for(compression, backend, cases), TopK(model, k).eval()
+    began = time.monotonic()
     with publish(folder) as aside:
         engine.compile(smaller.program(model, k, backend, cases), aside, threads)
         smaller.finish(aside, backend, cases)
         variant = Variant(folder=aside, backend=backend, compression=compression, n_items=parent.n_items, k=parent.k,
                           length=parent.length, max_batch=MAX_BATCH, max_exclude=MAX_EXCLUDE, threads=threads,
                           parent=fingerprint(model), processor="" if engine.portable else instruction_sets(),
-                          versions=engine.versions(), files=checksums(aside), lineage=list(lineage))
+                          versions=engine.versions(), files=checksums(aside), lineage=list(lineage), asked=k,
+                          seconds=time.monotonic() - began)
         write_json(aside/RECORD, variant.to_dict())
         check_parity(variant.callable(), parent, smaller.agreement, smaller.exact)
     return Variant.load(folder)

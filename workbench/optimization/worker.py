@@ -8,7 +8,7 @@ __all__ = ['TASKS', 'Cases', 'draw_cases', 'peak_memory', 'measure_latency', 'me
 
 # %% ../../nbs/optimization/06_worker.ipynb #8a423abe
 import gc, json, os, resource, select, subprocess, sys, time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,16 +112,19 @@ def load_reference(
 # %% ../../nbs/optimization/06_worker.ipynb #86111517
 class Desk:
     "What a worker holds: an answer, and the cases it is asked about."
-    def load(self, folder: str, cases: str, threads: int, k: int = 0) -> dict[str, Any]:
-        "Load a variant, or with `k` the reference model, and time that up to the first answer."
+    def load(self, folder: str, cases: str, threads: int, k: int = 0, batches: Sequence[int] = (1,)) -> dict[str, Any]:
+        "Load a variant, or with `k` the reference model, and time that, and the first answer."
         begun = time.perf_counter()
         self.answer = load_reference(Path(folder), k, threads) if k else Variant.load(folder).callable(threads)
         loaded, self.cases = time.perf_counter() - begun, Cases.load(Path(cases))
-        self.batches = {size: self.convert(self.cases.batches(size), k) for size in (1, 8, 32)}
-        for batches in self.batches.values(): self.answer(*batches[0])
+        self.batches = {size: self.convert(self.cases.batches(size), k) for size in sorted({1, *batches})}
+        begun = time.perf_counter()
+        self.answer(*self.batches[1][0])
+        first = time.perf_counter() - begun
+        for asked in self.batches.values(): self.answer(*asked[0])
         gc.collect()
         gc.freeze()
-        return {"seconds": loaded}
+        return {"seconds": loaded, "first": loaded + first}
 
     def convert(self, batches: list[tuple], k: int) -> list[tuple]:
         "Make tensors of arrays for the reference."
@@ -152,16 +155,17 @@ def compile_task(
     model: str,          # folder of `save_model`
     folder: str,         # where the variant goes
     threads: int,        # CPU threads of the compiler and of the variant
-    **choice: Any,       # backend, compression and k of `compile_variant`
+    cases: str = "",     # a file of histories, for compressions that have to see some
+    **choice: Any,       # backend, compression, k and lineage of `compile_variant`
 ) -> dict[str, Any]:     # "seconds" taken and "size" in bytes
     "Compile a saved model into a variant."
     import torch
     from workbench.models.ranker import load_model
     from workbench.optimization.variants import compile_variant
     torch.set_num_threads(threads)
-    begun = time.perf_counter()
-    variant = compile_variant(load_model(model), folder, threads=threads, **choice)
-    return {"seconds": time.perf_counter() - begun, "size": variant.size}
+    shown = Cases.load(Path(cases)).batches(1) if cases else ()
+    variant = compile_variant(load_model(model), folder, threads=threads, cases=shown, **choice)
+    return {"seconds": variant.seconds, "size": variant.size}
 
 TASKS = {"load": Desk.load, "latency": Desk.latency, "throughput": Desk.throughput, "memory": Desk.memory,
          "rank": Desk.rank, "compile": compile_task}
