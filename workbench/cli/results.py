@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Shown', 'PICTURES', 'program', 'next_lines', 'summary', 'finished', 'run_to_end', 'resume_run', 'find_run', 'elapsed',
-           'run_rows', 'champion_rows', 'status_of_all', 'left_by', 'winner_of', 'evaluate_again', 'bench_again',
-           'prepared', 'chosen_recipe', 'check_picture', 'draw', 'profile_training', 'packaged', 'champion_bundle',
-           'ask', 'promote_run']
+           'run_rows', 'champion_rows', 'status_of_all', 'left_by', 'winner_of', 'evaluate_again', 'prepared',
+           'chosen_recipe', 'check_picture', 'draw', 'profile_training', 'packaged', 'champion_bundle', 'ask',
+           'promote_run']
 
 # %% ../../nbs/cli/04_results.ipynb #d8cad4fc
 import io, shutil, sys, tempfile
@@ -27,7 +27,6 @@ from ..tables import Table
 if TYPE_CHECKING:
     from workbench.data.histories import Histories
     from workbench.evaluation.protocol import Report
-    from workbench.optimization.choose import VariantTable
     from workbench.serving.engine import Answer
     from workbench.tracking.promotion import Decision
     from workbench.training.bottlenecks import Profile
@@ -143,11 +142,7 @@ def evaluate_again(run: PipelineRun) -> "Report":
     name, model, histories = winner_of(run)
     return evaluate(model, histories.test, histories.train, name=name, confidence=settings().gates.confidence)
 
-def bench_again(run: PipelineRun, minutes: float = 5.0, progress: bool = True) -> "VariantTable":
-    "Compile and measure the winner of a run again, in a folder beside the runs."
-    from workbench.optimization.benchmark import bench
-    _, model, histories = winner_of(run)
-    return bench(model, histories, settings().home/"bench"/run.run_id, minutes=minutes, progress=progress)
+
 
 # %% ../../nbs/cli/04_results.ipynb #82b43c69
 PICTURES = (".png", ".svg", ".pdf")
