@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VECTORS', 'SIZES', 'GROUPS', 'OWN', 'ENGINES', 'DECIDES', 'SAME', 'processor_facts', 'processor', 'stepping',
            'instruction_sets', 'caches', 'limits', 'quota', 'cores', 'memory', 'graphics', 'cuda', 'Fingerprint',
-           'differences', 'measure_speeds', 'this_machine', 'fingerprint_table', 'speeds', 'machine', 'machine_table',
-           'Measured', 'by_machine', 'same_machine', 'side_by_side']
+           'differences', 'measure_int8', 'measure_speeds', 'this_machine', 'fingerprint_table', 'speeds', 'machine',
+           'machine_table', 'Measured', 'by_machine', 'same_machine', 'side_by_side']
 
 # %% ../../nbs/optimization/27_machine.ipynb #35187833
 import hashlib, json, os, platform
@@ -185,15 +185,21 @@ def differences(one: Fingerprint, other: Fingerprint) -> list[str]:
     return lines
 
 # %% ../../nbs/optimization/27_machine.ipynb #09a34361
+def measure_int8(seconds: float) -> float:  # 10⁹ operations a second
+    "Measure the peak of a product of int8 matrices, summed in int32."
+    import torch
+    from workbench.training.roofline import shortest
+    left = torch.randint(-8, 8, (1024, 1024), dtype=torch.int8)
+    return 2*1024**3/shortest(lambda: torch._int_mm(left, left), torch.device("cpu"), seconds)/1e9
+
 def measure_speeds(seconds: float) -> dict[str, Any]:  # as `Roofline.to_dict`, int8 among the peaks
     "Measure bandwidth and peaks of one thread."
     import torch
-    from workbench.training.roofline import measure_roofline, shortest
-    threads, left = torch.get_num_threads(), torch.randint(-8, 8, (1024, 1024), dtype=torch.int8)
+    from workbench.training.roofline import measure_roofline
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = measure_roofline("cpu", seconds)
-        int8 = 2*1024**3/shortest(lambda: torch._int_mm(left, left), torch.device("cpu"), 0.1*seconds)/1e9
+        found, int8 = measure_roofline("cpu", seconds), measure_int8(0.1*seconds)
     finally: torch.set_num_threads(threads)
     return replace(found, peak=found.peak | {"int8": int8}).to_dict()
 
