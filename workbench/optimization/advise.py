@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Technique:
     "Something to try, and what it can be worth on one model and target."
     name: str
-    needs: str                     # nothing, a gate (answers change a little) or training
+    needs: str                     # nothing, a gate (answers change a little), traffic or training
     gain: float                    # expected: time before by time after, 1 for nothing
     bound: float                   # the most that the roofline allows
     seconds: float                 # expected time of a call
@@ -54,29 +54,31 @@ def exported(row: Mapping[str, Any]) -> float:  # seconds
 def expected(
     row: Mapping[str, Any],       # of `part_rows`
     after: float,                 # its new roof, seconds
-    operators: float | None,      # how many it has then; None for a pass that stays as far from its roof
+    operators: float,             # how many it has then
 ) -> float:                       # seconds
     "Return what a part may take with a technique."
-    today = exported(row)
-    if operators is None: return today*(after/row["least"] if row["least"] else 1)
-    return min(today, after + max(0.0, today - row["least"])*operators/row["operators"])
+    above = max(0.0, exported(row) - row["least"])
+    own = min(above, 2*row["dispatch"])
+    far = (above - own)*(after/row["least"] if row["least"] else 1)
+    return min(exported(row), after + own*operators/row["operators"] + far)
 
 def judge(
     name: str,                                      # of the technique
-    needs: str,                                     # nothing, a gate or training
+    needs: str,                                     # nothing, a gate, traffic or training
     why: str,                                       # the figure behind it
     parts: Iterable[Mapping[str, Any]],             # of `part_rows`
     after: Mapping[str, float],                     # part → least seconds with the technique; others stay
-    operators: Mapping[str, float] | None = None,   # part → operators with it; None for passes over the catalogue
+    operators: Mapping[str, float] | None = None,   # part → operators with it; None for as many
 ) -> Technique:
     "Work out what a technique can gain."
     before, now, most, roof = 0.0, 0.0, 0.0, 0.0
     for row in parts:
         today, part = exported(row), row["part"]
-        changed = part in after and (operators is None or abs(after[part] - row["least"]) > 0.01*row["least"])
+        changed = after.get(part, row["least"]) < 0.99*row["least"]             # what gains nothing is left as it is
         before, roof = before + today, roof + (after[part] if changed else row["least"])
         most += today if changed else row["least"]
-        now += expected(row, after[part], operators and operators.get(part, 0)) if changed else today
+        number = row["operators"] if operators is None else operators.get(part, 0)
+        now += expected(row, after[part], number) if changed else today
     return Technique(name, needs, before/max(now, 1e-9), most/max(roof, 1e-9), now, why)
 
 # %% ../../nbs/optimization/28_advise.ipynb #a3cdb995
@@ -107,7 +109,7 @@ def about_scan(advice: "Advice") -> Technique:
 def about_search(advice: "Advice") -> Technique:
     "Do not look at most items."
     return judge("approximate search", "a gate", f"scoring, mask and top k are {percent(advice.share(*CATALOGUE))} of "
-                 "the time", advice.parts, dict.fromkeys(CATALOGUE, 0.0))
+                 "the time", advice.parts, dict.fromkeys(CATALOGUE, 0.0), {})
 
 def about_weights(advice: "Advice", name: str, precision: str, share: float) -> Technique:
     "Compute layers in another precision, with a share of the bytes."
@@ -142,7 +144,7 @@ def about_batching(advice: "Advice") -> Technique:
     rows = per_part(count(advice.form, many))
     after = {part: least(ours, advice.roofline)*advice.batch/many for part, ours in rows.items()}
     moved = sum(row["moved"] for ours in rows.values() for row in ours)*advice.batch/many
-    return judge(f"batches of {many}", "nothing", f"for each request {moved/advice.batch/1e6:,.2f} MB are moved instead "
+    return judge(f"batches of {many}", "traffic", f"for each request {moved/advice.batch/1e6:,.2f} MB are moved instead "
                  f"of {advice.total('moved')/advice.batch/1e6:,.2f}; more requests a second, none of them sooner",
                  advice.parts, after, {part: len(ours)*advice.batch/many for part, ours in rows.items()})
 
@@ -197,8 +199,8 @@ class Advice:
         "Return what to try first: up to three; exporting, what keeps the weights, then what needs a training."
         useful = [each for each in self.techniques if each.helps]
         kept, trained = ([e for e in useful if (e.needs == "training") is needs] for needs in (False, True))
-        kept = sorted(kept, key=lambda each: each.name != EXPORT)         # the others are reckoned on top of it
-        return [*kept[:2], *trained[:1]] if trained else kept[:3]
+        kept = sorted(kept, key=lambda each: (each.name != EXPORT, each.needs == "traffic"))
+        return [*kept[:2], *sorted([*kept[2:3], *trained[:1]], key=lambda each: -each.gain)[:1]]
 
     def plot(self) -> "Figure": return plot_advice(self)
     def to_dict(self) -> dict[str, Any]: return as_data(self)

@@ -11,7 +11,6 @@ import re, time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from statistics import median
 from typing import Any
 
 import torch
@@ -136,8 +135,8 @@ def time_call(form: TopK, batch: int, seconds: float) -> tuple[float, dict[str, 
                 lap()
             laps.append(watch.spent)
     spent: dict[str, float] = {}
-    for place in laps[0]: spent[part_of(place)] = spent.get(part_of(place), 0) + median(each[place] for each in laps)
-    whole = median(free)
+    for place in laps[0]: spent[part_of(place)] = spent.get(part_of(place), 0) + min(each[place] for each in laps)
+    whole = min(free)
     return whole, {part: whole*each/sum(spent.values()) for part, each in spent.items()}
 
 # %% ../../nbs/optimization/26_parts.ipynb #9d0254ad
