@@ -1320,6 +1320,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'workbench/optimization/parts.py'),
                                               'workbench.optimization.parts.serving': ( 'optimization/parts.html#serving',
                                                                                         'workbench/optimization/parts.py'),
+                                              'workbench.optimization.parts.shared': ( 'optimization/parts.html#shared',
+                                                                                       'workbench/optimization/parts.py'),
                                               'workbench.optimization.parts.time_call': ( 'optimization/parts.html#time_call',
                                                                                           'workbench/optimization/parts.py'),
                                               'workbench.optimization.parts.watching': ( 'optimization/parts.html#watching',

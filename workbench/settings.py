@@ -56,6 +56,7 @@ class Serving:
     max_body: int = 65536                # bytes a request may carry
     threads: int = 1                     # CPU threads a variant computes one request with
 
+# %% ../nbs/04_settings.ipynb #04ec4fdf
 @dataclass(frozen=True, kw_only=True)
 class Prices:
     "What an hour of hardware costs: examples to be replaced by your own."
