@@ -1,0 +1,150 @@
+"""Advice: counts come from the model, what is asked about can still be trained, machines and costs keep apart what differs."""
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from workbench.data.histories import pack
+from workbench.errors import BackendError
+from workbench.models.baselines import Blend, Neighbours, Popularity
+from workbench.models.ranker import known_models
+from workbench.models.sequential import HSTU, SASRec
+from workbench.models.two_tower import TwoTower
+from workbench.optimization.advise import advise, sections
+from workbench.optimization.benchmark import bench
+from workbench.optimization.choose import Gate
+from workbench.optimization.cost import cheapest, costs
+from workbench.optimization.machine import Fingerprint, side_by_side, this_machine
+from workbench.settings import Prices
+from workbench.training.recipes import recipes
+from workbench.training.roofline import Roofline
+
+SLOW = Roofline("a slow core", 1, {"float32": 8.0, "bfloat16": 8.0, "int8": 30.0}, {2**18: 20.0, 2**29: 4.0}, 1.0)
+
+
+def sasrec(**shape):
+    torch.manual_seed(0)
+    return SASRec(**{"n_items": 120, "length": 12, "width": 16, "blocks": 2, "heads": 2} | shape)
+
+
+def ask(model, **options):
+    return advise(model, "edge", roofline=SLOW, **options)
+
+
+def python(code, **environment):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_work_is_what_the_shape_of_the_model_says():
+    "Two products of 2·L·d·4d in a feed-forward part, one of 2·(n + 1)·d in scoring; a batch multiplies both."
+    advice = ask(sasrec())
+    work = {row["part"]: row["flops"] for row in advice.parts}
+    assert work["scoring"] == 2 * 121 * 16 and work["block 1 feed-forward"] == 2 * (2 * 12 * 16 * 64)
+    assert work["block 2 feed-forward"] == 2 * (2 * 16 * 64)
+    assert ask(sasrec(), batch=7).total("flops") == 7 * advice.total("flops")
+    assert ask(sasrec(), length=24).total("flops") > advice.total("flops")
+
+
+@pytest.mark.parametrize("name", sorted(recipes))
+def test_a_recipe_is_asked_about_before_it_is_trained(name):
+    advice = ask(recipes[name]("tiny"), n_items=300)
+    assert advice.model.n_items == 300 and advice.seconds > 0 and advice.first
+
+
+@pytest.mark.parametrize("model", [Popularity(50), Neighbours(50, 5), TwoTower(n_items=50), HSTU(n_items=50),
+                                   Blend([SASRec(n_items=50), Neighbours(50, 5)], [1, 1])], ids=lambda m: type(m).__name__)
+def test_every_ranker_can_be_asked_about(model):
+    assert known_models().name_of(type(model))
+    advice = ask(model.eval())
+    assert json.loads(json.dumps(advice.to_dict()))["parts"]
+    assert all(each.bound >= 0.999 * each.gain for each in advice.techniques)
+    screen = io.StringIO()
+    Console(file=screen, width=160).print(advice)
+    assert "What can be tried" in screen.getvalue() and type(model).__name__ in screen.getvalue()
+    assert isinstance(sections(advice)[0], str)
+
+
+def test_a_model_is_left_as_it_was():
+    model = sasrec().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    advice = advise(model, seconds=0.05, roofline=SLOW)
+    assert advice.basis == "measured" and advice.techniques
+    assert model.training and all(each.requires_grad for each in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    items, lengths = torch.ones(2, 12, dtype=torch.int64), torch.full((2,), 12)
+    model(items, lengths).sum().backward()
+    assert model.items.weight.grad is not None and "forward" not in vars(model)
+
+
+def test_the_bound_of_an_int8_scan_grows_with_the_catalogue():
+    bounds = [next(each for each in ask(sasrec(n_items=n, width=64)).techniques if each.name.startswith("int8 scan")).bound
+              for n in (100, 5_000, 50_000)]
+    assert bounds == sorted(bounds) and 1 <= bounds[0] < bounds[2] < 8
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        advise(sasrec(), threads=2, seconds=0.05, roofline=SLOW)
+        with pytest.raises(BackendError, match="cannot be measured from here"):
+            advise(sasrec(), "edge", threads=2)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+KEY = "from workbench.optimization.machine import this_machine; here = this_machine(); print(here.key, here.cores)"
+
+
+def test_a_fingerprint_is_the_same_in_every_process_and_counts_the_cores_it_may_use():
+    here = this_machine()
+    assert python(KEY).split() == [here.key, f"{here.cores}"]
+    if len(os.sched_getaffinity(0)) > 1:
+        one = python("import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); " + KEY).split()
+        assert one[1] == "1" and one[0] != here.key
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    draw = np.random.default_rng(0)
+    items = draw.integers(0, 120, 40 * 16)
+    items[:120] = np.arange(120)
+    log = pack("walks", np.repeat(np.arange(40), 16), items, np.arange(40 * 16), np.arange(40).astype(str),
+               np.arange(120).astype(str), exclude_seen=True)
+    return bench(sasrec().eval(), log, tmp_path_factory.mktemp("bench"), ["eager", "onnxruntime"], ["none"], k=10, threads=1,
+                 minutes=2, rounds=2, progress=False)
+
+
+def test_a_measured_table_has_costs_in_its_own_currency(table):
+    found = costs(table.rows, Prices(currency="CHF", core_hour=0.1, utilisation=1.0), table.facts, Gate(ndcg=0.5))
+    by_name = {row["variant"]: row for row in found.rows}
+    assert set(by_name) == {"reference", "eager", "onnxruntime"} and found.units["a million, one at a time"] == "CHF"
+    measured = next(row for row in table.rows if row["variant"] == "onnxruntime")
+    assert by_name["onnxruntime"]["requests a core-second"] == pytest.approx(1e6 / measured["cpu"])
+    assert by_name["onnxruntime"]["a million in batches of 8"] == pytest.approx(1e5 / (3600 * measured["throughput_8"]))
+    assert cheapest(table, 32, gate=Gate(ndcg=0.5)) in ("eager", "onnxruntime")
+
+
+def test_a_price_comes_from_the_environment(table):
+    code = "from workbench.settings import settings; print(settings().prices.currency, settings().prices.core_hour)"
+    assert python(code, WORKBENCH_PRICES_CURRENCY="JPY", WORKBENCH_PRICES_CORE_HOUR="6.5") == "JPY 6.5"
+
+
+def test_machines_do_not_share_a_column(table):
+    class Elsewhere:
+        facts, rows = table.facts | {"processor": "another one"}, table.rows
+
+    both = side_by_side([table, Elsewhere])
+    machines = [str(Fingerprint.from_dict(each.facts)) for each in (table, Elsewhere)]
+    assert len(set(machines)) == 2 and set(machines) <= set(both.columns)
+    with pytest.raises(BackendError, match="two results say"):
+        side_by_side([table, table])
