@@ -37,6 +37,9 @@ class Compression:
     def finish(self, folder: Path) -> None:
         "Change the files that a backend has written."
 
+    def beside(self, model: "Ranker", folder: Path, k: int, threads: int) -> None:
+        "Write what stands beside the program, such as an index."
+
 # %% ../../nbs/optimization/04_compress.ipynb #8ccd1a75
 SCAN = "scan"  # the name of the table that `ScanTopK` scans
 

@@ -20,6 +20,7 @@ from ..files import checksums, publish, read_json, verify, write_json
 from .backends import Answer, backends, failures
 
 if TYPE_CHECKING:
+    from workbench.optimization.compress import Compression
     from workbench.models.ranker import Ranker
     from workbench.optimization.export import TopK
 
@@ -63,7 +64,11 @@ class Variant:
         threads: int | None = None,  # CPU threads for an answer; None for what it was compiled for
     ) -> Answer:                     # (items, lengths, exclude) → (ids int64[B, k], scores float32[B, k])
         "Make it answer; input it cannot answer is a BackendError."
-        return guarded(backends[self.backend].load(self.folder, threads or self.threads), self)
+        run = backends[self.backend].load(self.folder, threads or self.threads)
+        if (self.folder/"items").is_dir():
+            from workbench.optimization.index import load_index, with_index
+            run = with_index(run, load_index(self.folder/"items", threads or self.threads), self.k)
+        return guarded(run, self)
 
     def to_dict(self) -> dict[str, Any]:
         "Return what `variant.json` holds."
@@ -152,22 +157,24 @@ def compile_variant(
     model: "Ranker",            # any ranker, in evaluation mode
     folder: str | Path,         # made, or replaced whole
     backend: str = "eager",     # a registered backend
-    compression: str = "none",  # a registered compression
+    compression: "str | Compression" = "none",  # a registered compression, or one
     k: int = 10,                # items to return
     threads: int = 1,           # CPU threads for an answer
 ) -> Variant:                   # checked against the model
     "Compress, export, compile, and compare with the parent; raises BackendError with the reason when any of it fails."
     from workbench.optimization.compress import compressions
     from workbench.optimization.export import MAX_BATCH, MAX_EXCLUDE, TopK
-    engine, smaller, parent = backends[backend], compressions[compression], TopK(model, k).eval()
+    engine, parent = backends[backend], TopK(model, k).eval()
+    smaller = compressions[compression] if isinstance(compression, str) else compression
     missing = engine.available()
     if missing: raise BackendError(missing)
     if smaller.only and backend not in smaller.only:
-        raise BackendError(f"{compression} is for {', '.join(smaller.only)}: leave {backend} uncompressed")
+        raise BackendError(f"{smaller.name} is for {', '.join(smaller.only)}: leave {backend} uncompressed")
     with publish(folder) as aside:
         engine.compile(smaller.program(model, k), aside, threads)
         smaller.finish(aside)
-        variant = Variant(folder=aside, backend=backend, compression=compression, n_items=parent.n_items, k=parent.k,
+        smaller.beside(model, aside, parent.k, threads)
+        variant = Variant(folder=aside, backend=backend, compression=smaller.name, n_items=parent.n_items, k=parent.k,
                           length=parent.length, max_batch=MAX_BATCH, max_exclude=MAX_EXCLUDE, threads=threads,
                           parent=fingerprint(model), processor="" if engine.portable else instruction_sets(),
                           versions=engine.versions(), files=checksums(aside))
