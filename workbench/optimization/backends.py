@@ -84,8 +84,7 @@ def with_torch(run: Callable, threads: int) -> Answer:
     torch.set_num_threads(threads)
     def answer(*inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.inference_mode():
-            ids, scores = run(*map(torch.from_numpy, inputs))
-            return ids.numpy(), scores.numpy()
+            return tuple(output.numpy() for output in run(*map(torch.from_numpy, inputs)))
     return answer
 
 class Eager(Backend):
@@ -139,10 +138,12 @@ OPSET = 23                                    # the first with an Attention oper
 INPUTS, OUTPUTS = ["items", "lengths", "exclude"], ["ids", "scores"]
 
 def write_onnx(program: "ExportedProgram", path: Path) -> None:
-    "Write a program as an ONNX file with named inputs and outputs."
+    "Write a program as an ONNX file with named inputs and outputs; one that only encodes has fewer of both."
     import torch
-    converted = torch.onnx.export(program, dynamo=True, input_names=INPUTS, output_names=OUTPUTS, opset_version=OPSET,
-                                  verbose=False)
+    signature = program.graph_signature
+    outputs = OUTPUTS if len(signature.user_outputs) == len(OUTPUTS) else ["vectors"]
+    converted = torch.onnx.export(program, dynamo=True, input_names=INPUTS[:len(signature.user_inputs)],
+                                  output_names=outputs, opset_version=OPSET, verbose=False)
     converted.save(path)
 
 class OnnxRuntime(Backend):
@@ -154,9 +155,10 @@ class OnnxRuntime(Backend):
 
     def load(self, folder: Path, threads: int = 1) -> Answer:
         with failures(self.name): session = open_session(folder/"model.onnx", threads)
-        run = session.run
-        def answer(items: np.ndarray, lengths: np.ndarray, exclude: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return run(OUTPUTS, {"items": items, "lengths": lengths, "exclude": exclude})
+        run, names = session.run, [node.name for node in session.get_inputs()]
+        outputs = [node.name for node in session.get_outputs()]
+        def answer(*inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return run(outputs, dict(zip(names, inputs, strict=True)))
         return answer
 
 def open_session(path: Path, threads: int):
@@ -193,11 +195,11 @@ class OpenVINO(Backend):
             options = {"INFERENCE_PRECISION_HINT": "f32"} | (json.loads(own.read_text()) if own.exists() else {})
             compiled = openvino.Core().compile_model(folder/"model.xml", "CPU", {
                 "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", **options})
-        local = threading.local()
+        local, outputs = threading.local(), range(len(compiled.outputs))
         def answer(*inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             if not hasattr(local, "request"): local.request = compiled.create_infer_request()
             local.request.infer(inputs, share_inputs=True)
-            return tuple(local.request.get_output_tensor(i).data.copy() for i in (0, 1))
+            return tuple(local.request.get_output_tensor(i).data.copy() for i in outputs)
         return answer
 
 # %% ../../nbs/optimization/03_backends.ipynb #449f891f

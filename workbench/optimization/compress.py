@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import BackendError
-from .backends import Answer, failures, quiet
+from .backends import failures, quiet
 from .export import TopK, export_program
 from .rewrite import serving_form
 from .topk import ScanTopK
@@ -44,9 +44,8 @@ class Compression:
     def finish(self, folder: Path, backend: str = "", cases: Batches = ()) -> None:
         "Change the files that a backend has written."
 
-    def answer(self, run: Answer, folder: Path, threads: int = 1) -> Answer:
-        "Complete what a backend has loaded."
-        return run
+    def beside(self, model: "Ranker", folder: Path, k: int, threads: int) -> None:
+        "Write what stands beside the program, such as an index."
 
 # %% ../../nbs/optimization/04_compress.ipynb #8ccd1a75
 SCAN = "scan"  # the name of the table that `ScanTopK` scans
@@ -76,4 +75,5 @@ compressions.register("int8_scan", Int8Scan(name="int8_scan", form=ScanTopK, onl
 def known_compressions() -> Registry[Compression]:
     "Return the registry of compressions, after importing the modules that add to it."
     import workbench.optimization.quantise
+    import workbench.optimization.retrieval
     return compressions

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'FEWEST', 'CASES', 'variant_name', 'Variant', 'instruction_sets', 'load_variant', 'check_shapes', 'largest',
-           'well_packed', 'check_values', 'guarded', 'check_calibration', 'fingerprint', 'compression_of',
-           'compression_for', 'compile_variant', 'draw_inputs', 'check_answer', 'check_parity']
+           'well_packed', 'check_values', 'guarded', 'check_calibration', 'fingerprint', 'compression_for',
+           'compile_variant', 'draw_inputs', 'check_answer', 'check_parity']
 
 # %% ../../nbs/optimization/05_variants.ipynb #5903ccec
 import platform, time
@@ -75,7 +75,9 @@ class Variant:
         "Make it answer; input it cannot answer is a BackendError."
         threads = threads or self.threads
         run = backends[self.backend].load(self.folder, threads)
-        if self.compression != "none": run = compression_of(self.compression).answer(run, self.folder, threads)
+        if (self.folder/"items").is_dir():
+            from workbench.optimization.index import load_index, with_index
+            run = with_index(run, load_index(self.folder/"items", threads), self.k)
         return guarded(run, self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,25 +183,21 @@ def fingerprint(model: "Ranker") -> str:  # 16 hexadecimal digits
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-def compression_of(name: str) -> "Compression":
-    "Look a compression up by its name."
-    from workbench.optimization.compress import known_compressions
-    return known_compressions()[name]
-
-def compression_for(name: str, backend: str, cases: "Batches") -> "Compression":
+def compression_for(chosen: "str | Compression", backend: str, cases: "Batches") -> "Compression":
     "Look a compression up; raises BackendError where it, or the backend, cannot be used."
-    found, missing = compression_of(name), backends[backend].available()
+    from workbench.optimization.compress import known_compressions
+    found, missing = known_compressions()[chosen] if isinstance(chosen, str) else chosen, backends[backend].available()
     if missing: raise BackendError(missing)
     if found.only and backend not in found.only:
-        raise BackendError(f"{name} is for {', '.join(found.only)}: leave {backend} uncompressed")
-    if found.calibrated: check_calibration(name, cases)
+        raise BackendError(f"{found.name} is for {', '.join(found.only)}: leave {backend} uncompressed")
+    if found.calibrated: check_calibration(found.name, cases)
     return found
 
 def compile_variant(
     model: "Ranker",            # any ranker, in evaluation mode
     folder: str | Path,         # made, or replaced whole
     backend: str = "eager",     # a registered backend
-    compression: str = "none",  # a registered compression
+    compression: "str | Compression" = "none",  # a registered compression, or one
     k: int = 10,                # items to return
     threads: int = 1,           # CPU threads for an answer
     cases: "Batches" = (),      # histories, where a compression has to see some
@@ -212,7 +210,8 @@ def compile_variant(
     with publish(folder) as aside:
         engine.compile(smaller.program(model, k, backend, cases), aside, threads)
         smaller.finish(aside, backend, cases)
-        variant = Variant(folder=aside, backend=backend, compression=compression, n_items=parent.n_items, k=parent.k,
+        smaller.beside(model, aside, parent.k, threads)
+        variant = Variant(folder=aside, backend=backend, compression=smaller.name, n_items=parent.n_items, k=parent.k,
                           length=parent.length, max_batch=MAX_BATCH, max_exclude=MAX_EXCLUDE, threads=threads,
                           parent=fingerprint(model), processor="" if engine.portable else instruction_sets(),
                           versions=engine.versions(), files=checksums(aside), lineage=list(lineage), asked=k,
