@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .peers/.ready
+TENSORRT := .tensorrt/.ready
 BENCH ?= prepare quality inference growth training overhead warm catalogue convergence
 
 # Copies of data sets that are looked into before any download (optional).
@@ -12,7 +13,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lab serve docs bench peers gpu hooks clean export
+.PHONY: help install run test lab serve docs bench peers tensorrt gpu hooks clean export
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +56,14 @@ $(PEERS): pipelines/benchmarks/peers/requirements.txt
 
 peers: $(PEERS) ## make .peers, the environment of the libraries that training is measured against
 
+$(TENSORRT): tests/tensorrt.txt
+	test -x .tensorrt/bin/python || $(PYTHON) -m venv .tensorrt
+	.tensorrt/bin/pip install --quiet --requirement $<
+	touch $@
+
+tensorrt: $(TENSORRT) ## make .tensorrt, which has the TensorRT-RTX compiler and no GPU, and run its tests there
+	PYTHONPATH=. .tensorrt/bin/python -m pytest tests/test_tensorrt.py
+
 gpu: ## run what needs an NVIDIA GPU and write its page, on a box that has torch, lightning, numpy, onnx and onnxruntime
 	$(PYTHON) -m pytest tests/test_training.py tests/test_profiling.py tests/test_throughput.py -m gpu -p no:cacheprovider
 	$(PYTHON) -m workbench.training.gpu docs/benchmarks/$$(date +%F)-gpu.md
@@ -74,4 +83,4 @@ hooks: $(READY) ## install the git hooks (clean, export check, ruff) and the not
 	$(BIN)/pre-commit install
 
 clean: ## remove what the bench wrote (runs, data sets, the tracking store) and the environment
-	rm -rf .workbench .venv .peers site
+	rm -rf .workbench .venv .peers .tensorrt site
