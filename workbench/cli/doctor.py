@@ -40,9 +40,9 @@ def graphics() -> dict[str, Any]:
 
 def backend_rows() -> list[dict[str, Any]]:
     "Ask each backend whether it can be used here."
-    from workbench.optimization.backends import backends
+    from workbench.optimization.backends import known_backends
     return [fact(f"backend {name}", "missing" if reason else "ready", reason)
-            for name, backend in backends.items() for reason in [backend.available()]]
+            for name, backend in known_backends().items() for reason in [backend.available()]]
 
 # %% ../../nbs/cli/01_doctor.ipynb #e4c4216e
 def port_is_free(port: int, host: str = "127.0.0.1") -> bool:

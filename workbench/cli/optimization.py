@@ -58,8 +58,8 @@ FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "ndcg", "ndcg_share",
 def keep(store: "Store", subject: Subject, table: "VariantTable", decision: "Decision") -> str:  # MLflow's id of the run
     "Record a bench in the tracking store."
     from workbench.tracking.runs import start_run
-    machine = f"{table.facts['processor']}, {table.facts['cores']} cores"
-    tags = {"data": table.facts["data"], "model": table.facts["model"], "machine": machine, "variant": decision.variant}
+    tags = {"data": table.facts["data"], "model": table.facts["model"], "machine": table.facts["key"],
+            "processor": table.facts["processor"], "variant": decision.variant}
     with start_run(store, f"bench {subject.name}", "bench", tags) as run:
         run.log_parameters({name: value for name, value in table.facts.items() if name != "versions"})
         run.log_metrics({f"{row['variant']}.{figure}": row[figure] for row in table.rows for figure in FIGURES

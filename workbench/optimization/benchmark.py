@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['TARGETS', 'BATCHES', 'SECONDS', 'of_targets', 'plan', 'Candidate', 'alive', 'Clock', 'Conditions', 'compiled_before',
            'compile_one', 'same_lists', 'gains', 'open_one', 'judge', 'measure_one', 'measure', 'ratios', 'summarise',
-           'processor', 'machine', 'machine_table', 'shrunk', 'plain_lineage', 'Rival', 'folder_size', 'compare_with',
-           'notes', 'compete', 'bench']
+           'shrunk', 'plain_lineage', 'Rival', 'folder_size', 'compare_with', 'notes', 'compete', 'bench']
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #8e635ed5
-import json, os, platform, tempfile, time
+import json, tempfile, time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +21,12 @@ from ..data.histories import Histories
 from ..errors import BackendError, TrainingError
 from ..files import sweep
 from ..models.ranker import Ranker, load_model, save_model
-from .backends import backends, installed
+from .backends import backends, known_backends
 from .choose import VariantTable
 from .compress import known_compressions
+from .machine import machine, machine_table
 from .smaller import Compressed, one_step, reductions
-from .variants import Variant, fingerprint, instruction_sets, variant_name
+from .variants import Variant, fingerprint, variant_name
 from .worker import Cases, Worker, draw_cases
 from ..settings import settings
 from ..tables import Table
@@ -40,7 +39,7 @@ def of_targets(targets: Iterable[str]) -> list[str]:  # names of backends
     targets = list(targets)
     for target in targets:
         if target not in TARGETS: raise BackendError(f"there is no target {target!r}: choose from {', '.join(TARGETS)}")
-    return [name for name, backend in backends.items() if backend.target in targets]
+    return [name for name, backend in known_backends().items() if backend.target in targets]
 
 def plan(
     names: Iterable[str] | None = None,         # backends; None for those of the processor
@@ -228,28 +227,6 @@ def summarise(candidate: Candidate, reference: Candidate) -> dict[str, Any]:
                **{f"throughput_{batch}": np.median(counts) for batch, counts in candidate.counts.items()},
                "cpu": np.median(candidate.cpu), "memory": candidate.worker.ask("memory")["bytes"]/1e6}
     return row | {name: float(figure) for name, figure in figures.items()} | candidate.figures
-
-# %% ../../nbs/optimization/08_benchmark.ipynb #9122981d
-@cache
-def processor() -> str:
-    "Return the processor's name."
-    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError: return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-def machine() -> dict[str, Any]:
-    "Return what decides how fast things are here: processor, cores, instruction sets, versions."
-    names = sorted({name for backend in backends.values() for name in backend.needs} | {"numpy"})
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": processor(), "cores": cores, "instruction_sets": instruction_sets(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "python": platform.python_version(), "versions": {name: installed(name) for name in names}}
-
-def machine_table(threads: int, packages: Iterable[str] = ("torch", "lightning")) -> Table:
-    "Return where a benchmark ran, on so many threads, as the head of its page."
-    here = machine()
-    return Table([{**{name: here[name] for name in ("processor", "cores", "system", "python")}, "threads": threads,
-                   **{name: installed(name) for name in packages}}], "Where this ran")
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #8f7a29e9
 def shrunk(

@@ -106,7 +106,7 @@ def checked(folder: Path) -> dict[str, Any]:
 
 class ExecuTorch(Backend):
     "ExecuTorch with XNNPACK: one file for phones and boards, one history at a time."
-    name, needs = "executorch", ("executorch", "torchao")
+    name, needs, target = "executorch", ("executorch", "torchao"), "edge"
 
     def available(self) -> str | None:
         return f"executorch is not installed: {INSTALL}" if super().available() else None

@@ -36,8 +36,15 @@ Files = Callable[[Path, Batches], None]   # changes what a backend has written t
 class Quantisation(Compression):
     "Fewer bits, by one function for each backend."
     files: tuple[tuple[str, Files], ...] = ()   # (backend, function)
+    kinds: tuple[tuple[str, str], ...] = ()     # (backend, quantiser of PT2E), where the program is quantised
     agreement: float = 0.5                      # on random histories of any model; the gate looks at real ones
     exact: bool = False
+
+    def program(self, model: "Ranker", k: int, backend: str = "", cases: Batches = ()) -> "ExportedProgram":
+        kind = dict(self.kinds).get(backend)
+        if kind is None: return super().program(model, k, backend, cases)
+        from workbench.optimization.pt2e import quantise_program
+        return quantise_program(export_program(serving_form(model), k), cases, kind)
 
     def finish(self, folder: Path, backend: str = "", cases: Batches = ()) -> None:
         change = dict(self.files).get(backend)
@@ -154,8 +161,9 @@ class BFloat16(Quantisation):
 # %% ../../nbs/optimization/11_quantise.ipynb #a07ef510
 for quantisation in (
     Quantisation(name="int8_dynamic", form=ScanTopK, only=("onnxruntime",), files=(("onnxruntime", onnx_dynamic),)),
-    Quantisation(name="int8_static", form=ScanTopK, only=("onnxruntime", "openvino"), calibrated=True,
-                 files=(("onnxruntime", onnx_static), ("openvino", openvino_static))),
+    Quantisation(name="int8_static", form=ScanTopK, only=("onnxruntime", "openvino", "inductor", "executorch"),
+                 files=(("onnxruntime", onnx_static), ("openvino", openvino_static)), calibrated=True,
+                 kinds=(("inductor", "x86"), ("executorch", "xnnpack"))),
     Quantisation(name="int8_weights", form=ScanTopK, only=("onnxruntime", "openvino"),
                  files=(("onnxruntime", onnx_weights(8)), ("openvino", openvino_weights(8)))),
     Quantisation(name="int4_weights", form=ScanTopK, only=("onnxruntime", "openvino"),

@@ -290,7 +290,7 @@ def refit(
 # %% ../../nbs/optimization/23_tensorrt.ipynb #34f25f9c
 class TensorRT(Backend):
     "Torch-TensorRT over TensorRT, on one NVIDIA GPU."
-    name, needs, portable = "tensorrt", ("torch", "torch-tensorrt", "tensorrt"), False
+    name, needs, portable, target = "tensorrt", ("torch", "torch-tensorrt", "tensorrt"), False, "gpu"
 
     def __init__(self, options: EngineOptions = EngineOptions()): self.options = options   # noqa: B008
 
