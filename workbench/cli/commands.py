@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'data', 'Run', 'Parameters', 'Ray', 'Name', 'Bundle', 'Port', 'Host', 'print_version', 'options',
            'parse_parameters', 'run', 'resume', 'status', 'show', 'list_data', 'fetch_data', 'check_data', 'evaluate',
-           'bench', 'recommend', 'promote', 'serve', 'lab', 'doctor', 'option_line', 'app_command', 'walk', 'reference']
+           'bench', 'advise', 'recommend', 'promote', 'serve', 'lab', 'doctor', 'option_line', 'app_command', 'walk',
+           'reference']
 
 # %% ../../nbs/cli/07_commands.ipynb #a7f079e0
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from .console import emit
-from .training import Columns, Json, Plot, profile, sweep, tune
+from .training import Columns, Json, Plot, RecipeName, Size, profile, sweep, tune
 from ..errors import BackendError, ParameterError, PromotionError, UsageError
 
 # %% ../../nbs/cli/07_commands.ipynb #60ef5a2a
@@ -148,6 +149,25 @@ def bench(
 
 # %% ../../nbs/cli/07_commands.ipynb #8fecc9d6
 for command in (profile, tune, sweep): app.command()(command)
+
+@app.command()
+def advise(
+    model: Annotated[str, typer.Argument(help="A run, whose winner is asked about, or a folder with a saved model.")] = "latest",
+    recipe: RecipeName = None,
+    size: Size = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Items in the catalogue, with --recipe.")] = None,
+    target: Annotated[str, typer.Option(help="cpu, gpu or edge.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=1, max=256, help="Histories in a call.")] = 1,
+    length: Annotated[int | None, typer.Option(min=1, help="Items of a history; the model's unless given.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    roofline: Annotated[Path | None, typer.Option(help="A JSON file that describes the device.")] = None,
+    output: Plot = None,
+    as_json: Json = False,
+) -> None:
+    "Say where the time of an answer goes, what this machine would allow, and what to try first."
+    from workbench.cli.optimization import advise_model
+    emit(advise_model(model, recipe, size, items, output, roofline, target=target, batch=batch, length=length,
+                      threads=threads), as_json=as_json)
 
 # %% ../../nbs/cli/07_commands.ipynb #00789a78
 Bundle = Annotated[Path | None, typer.Option(help="The folder of a bundle; the champion's unless given.")]
