@@ -1016,6 +1016,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'workbench/optimization/advise.py'),
                                                'workbench.optimization.advise.as_rich': ( 'optimization/advise.html#as_rich',
                                                                                           'workbench/optimization/advise.py'),
+                                               'workbench.optimization.advise.doubts': ( 'optimization/advise.html#doubts',
+                                                                                         'workbench/optimization/advise.py'),
                                                'workbench.optimization.advise.expected': ( 'optimization/advise.html#expected',
                                                                                            'workbench/optimization/advise.py'),
                                                'workbench.optimization.advise.exported': ( 'optimization/advise.html#exported',

@@ -125,6 +125,7 @@ ENGINES = ("torch", "onnxruntime", "openvino", "executorch", "torchao", "torch-t
            "onnxruntime-gpu", "usearch", "hnswlib", "faiss-cpu", "openvino-genai", "llama-cpp-python")
 DECIDES = ("processor", "stepping", "cores", "instruction_sets", "caches", "graphics", "cuda", "system", "python")
 
+# %% ../../nbs/optimization/27_machine.ipynb #92789f2f
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
     "What decides how fast things are on a machine."

@@ -124,7 +124,11 @@ def inference_roofline(
     return replace(found, peak=peak, dispatch=measure_start(torch.device(device), 0.1*seconds))
 
 # %% ../../nbs/optimization/26_parts.ipynb #cf45f7db
-def time_call(form: TopK, batch: int, seconds: float) -> tuple[float, dict[str, float]]:  # seconds: of a call, of a part
+def time_call(
+    form: TopK,                            # of `serving`
+    batch: int,                            # histories in a call
+    seconds: float,                        # how long to measure
+) -> tuple[float, dict[str, float]]:       # seconds of a call, and of each part
     "Time a call, and share its time out to the parts."
     inputs, watch, free, laps = example_inputs(form.length, form.n_items, batch), Watch(), [], []
     def lap() -> float:
@@ -168,6 +172,7 @@ def part_rows(
         roof, start = least(ours, roofline), len(ours)*roofline.dispatch*1e-6
         alone = sum(max(least([row], roofline), roofline.dispatch*1e-6) for row in ours) if overlap else roof + start
         taken = alone if spent is None else spent.get(part, 0.0)
+        if spent is not None: roof = min(roof, taken)
         found.append({"part": part, "operators": len(ours), "flops": sum(row["flops"] for row in ours),
                       "moved": sum(row["moved"] for row in ours), "least": roof, "dispatch": min(start, taken),
                       "seconds": taken})
