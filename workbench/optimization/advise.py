@@ -51,6 +51,7 @@ def exported(row: Mapping[str, Any]) -> float:  # seconds
     "Return what a part takes when starting its operators costs nothing, and not less than its roof."
     return max(row["seconds"] - row["dispatch"], min(row["least"], row["seconds"]))
 
+# %% ../../nbs/optimization/28_advise.ipynb #063a85d7
 def expected(
     row: Mapping[str, Any],       # of `part_rows`
     after: float,                 # its new roof, seconds
@@ -213,7 +214,9 @@ class Advice:
 def roofline_of(target: str, given: Roofline | None) -> Roofline:
     "Return the figures of a target, or raise BackendError saying how to get them."
     if target not in ("cpu", "edge", "gpu"): raise BackendError(f"there is no target {target!r}: use cpu, edge or gpu")
-    if given: return replace(given, peak={"int8": given.peak["float32"]} | given.peak)
+    if given:
+        int8 = given.peak.get("int8", given.peak["float32"])                # nothing is assumed to be faster
+        return replace(given, peak=given.peak | {"int8": int8})
     if target == "cpu": return inference_roofline()
     if target == "gpu" and torch.cuda.is_available(): return inference_roofline("cuda")
     lack = "there is no GPU here" if target == "gpu" else "an edge device cannot be measured from here"
