@@ -1312,6 +1312,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'workbench/optimization/parts.py'),
                                               'workbench.optimization.parts.least': ( 'optimization/parts.html#least',
                                                                                       'workbench/optimization/parts.py'),
+                                              'workbench.optimization.parts.measure_products': ( 'optimization/parts.html#measure_products',
+                                                                                                 'workbench/optimization/parts.py'),
                                               'workbench.optimization.parts.measure_start': ( 'optimization/parts.html#measure_start',
                                                                                               'workbench/optimization/parts.py'),
                                               'workbench.optimization.parts.part_of': ( 'optimization/parts.html#part_of',

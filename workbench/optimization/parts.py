@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'WITHIN', 'AROUND', 'Watch', 'watching', 'part_of', 'shared', 'serving', 'Started', 'count',
-           'measure_start', 'inference_roofline', 'time_call', 'least', 'per_part', 'part_rows']
+           'measure_start', 'measure_products', 'inference_roofline', 'time_call', 'least', 'per_part', 'part_rows']
 
 # %% ../../nbs/optimization/26_parts.ipynb #36c0ff8b
 import re, time
@@ -114,13 +114,21 @@ def measure_start(device: torch.device, seconds: float, length: int = 50) -> flo
         for _ in range(length): x = layer(x) + numbers
     with torch.inference_mode(): return shortest(chain, device, seconds)/(2*length)*1e6
 
+def measure_products(kind: torch.dtype, seconds: float, side: int = 256) -> float:  # GFLOP/s
+    "Measure the peak of products that are over before another process gets its turn."
+    left, right = (torch.randn(side, side).to(kind) for _ in range(2))
+    return 2*side**3/shortest(lambda: left @ right, torch.device("cpu"), seconds)/1e9
+
 def inference_roofline(
     device: str = "cpu",     # or cuda
     seconds: float = 1.0,    # about how long to measure
 ) -> Roofline:
     "Measure what the threads in use can do, with the start of an operator as an answer has it."
     found = measure_roofline(device, 0.8*seconds)
-    peak = found.peak | ({"int8": measure_int8(0.1*seconds)} if device == "cpu" else {})
+    peak = found.peak
+    if device == "cpu":
+        peak = {kind: max(known, measure_products(getattr(torch, kind), 0.1*seconds)) for kind, known in peak.items()}
+        peak["int8"] = measure_int8(0.1*seconds)
     return replace(found, peak=peak, dispatch=measure_start(torch.device(device), 0.1*seconds))
 
 # %% ../../nbs/optimization/26_parts.ipynb #cf45f7db
