@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORTH', 'CATALOGUE', 'EXPORT', 'SMALLER', 'Technique', 'exported', 'expected', 'judge', 'percent', 'about_exporting',
            'about_scan', 'about_search', 'about_weights', 'like', 'about_size', 'about_batching', 'techniques',
-           'Advice', 'roofline_of', 'ranker_of', 'advise', 'headlines', 'part_table', 'technique_table', 'sections',
-           'as_html', 'as_rich', 'as_data', 'plot_advice']
+           'Advice', 'roofline_of', 'ranker_of', 'advise', 'doubts', 'headlines', 'part_table', 'technique_table',
+           'sections', 'as_html', 'as_rich', 'as_data', 'plot_advice']
 
 # %% ../../nbs/optimization/28_advise.ipynb #2c9287b7
 from collections.abc import Iterable, Mapping
@@ -51,6 +51,7 @@ def exported(row: Mapping[str, Any]) -> float:  # seconds
     "Return what a part takes when starting its operators costs nothing, and not less than its roof."
     return max(row["seconds"] - row["dispatch"], min(row["least"], row["seconds"]))
 
+# %% ../../nbs/optimization/28_advise.ipynb #063a85d7
 def expected(
     row: Mapping[str, Any],       # of `part_rows`
     after: float,                 # its new roof, seconds
@@ -103,8 +104,9 @@ def about_scan(advice: "Advice") -> Technique:
     some = min(CANDIDATES*form.k, form.n_items)*advice.batch
     again = advice.roofline.least(2*some*width, 8*some*width)
     after = {"scoring": least(scan, advice.roofline, "int8", 0.25) + again}
-    return judge("int8 scan with rescoring", "a gate", f"scoring is {percent(advice.share('scoring'))} of the time, and "
-                 f"the table of {4e-6*(form.n_items + 1)*width:,.1f} MB becomes a quarter", advice.parts, after)
+    share = percent(advice.share("scoring"))
+    return judge("int8 scan with rescoring", "a gate", f"scoring is {share} of the time, and the "
+                 f"table of {4e-6*(form.n_items + 1)*width:,.1f} MB becomes a quarter", advice.parts, after)
 
 def about_search(advice: "Advice") -> Technique:
     "Do not look at most items."
@@ -133,18 +135,18 @@ def about_size(advice: "Advice", name: str, **changes: Any) -> Technique:
     rows = count(serving(like(advice.model, **changes), advice.form.k), advice.batch)
     other = per_part(rows)
     flops, before = sum(row["flops"] for row in rows), advice.total("flops")
+    after = {row["part"]: least(other.get(row["part"], ()), advice.roofline) for row in advice.parts}
     changed = ", ".join(f"{field}={value}" for field, value in changes.items())
     return judge(name, "training", f"{changed}: {format_value(flops/1e6)} instead of {format_value(before/1e6)} MFLOP",
-                 advice.parts, {row["part"]: least(other.get(row["part"], ()), advice.roofline) for row in advice.parts},
-                 {part: len(ours) for part, ours in other.items()})
+                 advice.parts, after, {part: len(ours) for part, ours in other.items()})
 
 def about_batching(advice: "Advice") -> Technique:
     "Answer many requests in one call; times are of as many requests as before."
     many = max(32, 4*advice.batch)
     rows = per_part(count(advice.form, many))
     after = {part: least(ours, advice.roofline)*advice.batch/many for part, ours in rows.items()}
-    moved = sum(row["moved"] for ours in rows.values() for row in ours)*advice.batch/many
-    return judge(f"batches of {many}", "traffic", f"for each request {moved/advice.batch/1e6:,.2f} MB are moved instead "
+    moved = sum(row["moved"] for ours in rows.values() for row in ours)/many/1e6
+    return judge(f"batches of {many}", "traffic", f"for each request {moved:,.2f} MB are moved instead "
                  f"of {advice.total('moved')/advice.batch/1e6:,.2f}; more requests a second, none of them sooner",
                  advice.parts, after, {part: len(ours)*advice.batch/many for part, ours in rows.items()})
 
@@ -212,7 +214,9 @@ class Advice:
 def roofline_of(target: str, given: Roofline | None) -> Roofline:
     "Return the figures of a target, or raise BackendError saying how to get them."
     if target not in ("cpu", "edge", "gpu"): raise BackendError(f"there is no target {target!r}: use cpu, edge or gpu")
-    if given: return given if "int8" in given.peak else replace(given, peak=given.peak | {"int8": given.peak["float32"]})
+    if given:
+        int8 = given.peak.get("int8", given.peak["float32"])                # nothing is assumed to be faster
+        return replace(given, peak=given.peak | {"int8": int8})
     if target == "cpu": return inference_roofline()
     if target == "gpu" and torch.cuda.is_available(): return inference_roofline("cuda")
     lack = "there is no GPU here" if target == "gpu" else "an edge device cannot be measured from here"
@@ -230,6 +234,7 @@ def ranker_of(model: "Ranker | Recipe", n_items: int | None, length: int | None)
         raise BackendError(f"a {type(model).__name__} looks at {model.length} items and cannot be given another length")
     return type(model).build(model.config() | {"length": length}).eval()
 
+# %% ../../nbs/optimization/28_advise.ipynb #a99e1944
 def advise(
     model: "Ranker | Recipe",            # trained or not; a recipe needs n_items
     target: str = "cpu",                 # cpu (measured here), edge or gpu
@@ -254,25 +259,37 @@ def advise(
                   part_rows(rows, roofline, spent, target == "gpu"), roofline)
 
 # %% ../../nbs/optimization/28_advise.ipynb #98617c3a
+def doubts(advice: Advice) -> list[str]:
+    "Say when parts took less than their roofs: the machine was busy while those were measured."
+    raw = {part: least(rows, advice.roofline) for part, rows in per_part(advice.rows).items()}
+    measured = advice.parts if advice.basis == "measured" else ()
+    faster = [row["part"] for row in measured if raw[row["part"]] > 1.2*row["seconds"]]
+    return [f"{', '.join(faster)}: faster than the roofline allows, so the machine was busy when it was measured, and "
+            "gains are too low: measure again"] if faster else []
+
 def headlines(advice: Advice) -> list[str]:
     "Say in lines what was asked, and where the time goes."
     model, width = advice.model, advice.model.config().get("width") if not isinstance(advice.model, Blend) else None
-    what = f"{type(model).__name__}, {model.n_items:,} items, length {model.length}" + (f", width {width}" if width else "")
+    what = f"{type(model).__name__}, {model.n_items:,} items, "
+    what += f"length {model.length}" + (f", width {width}" if width else "")
     calls = f"a call of {advice.batch}" if advice.batch > 1 else "a call"
-    return [f"{what}: {format_value(1e6*advice.seconds)} µs {calls} on {advice.target}, {advice.basis}; its roofs allow "
-            f"{format_value(1e6*advice.total('least'))} µs ({percent(advice.total('least')/advice.seconds)})",
+    return [f"{what}: {format_value(1e6*advice.seconds)} µs {calls} on {advice.target}, {advice.basis}; its roofs "
+            f"allow {format_value(1e6*advice.total('least'))} µs ({percent(advice.total('least')/advice.seconds)})",
             str(advice.roofline),
             f"scoring {percent(advice.share('scoring'))}, attention {percent(advice.share('attention'))}, feed-forward "
             f"{percent(advice.share('feed-forward'))}, mask and top k {percent(advice.share('mask', 'top k'))}; "
-            f"starting operators is {percent(advice.share('dispatch'))} of it all"]
+            f"starting operators is {percent(advice.share('dispatch'))} of it all", *doubts(advice)]
 
+# %% ../../nbs/optimization/28_advise.ipynb #c09b3b3a
 def part_table(advice: Advice) -> Table:
     "Return the parts as people read them."
     def row(each: Mapping[str, Any]) -> dict[str, Any]:
         computing = each["flops"]/(1e9*advice.roofline.peak["float32"]) if each["flops"] else 0.0
-        limit = "arithmetic" if computing > 0.5*each["least"] else "memory"
-        return {"part": each["part"], "time": 1e6*each["seconds"], "share": round(100*each["seconds"]/advice.seconds, 1),
-                "least": 1e6*each["least"], "operators": each["operators"], "start": 1e6*each["dispatch"],
+        near = "arithmetic" if computing > 0.5*each["least"] else "memory"
+        limit = near if each["least"] > 0.25*each["seconds"] else "neither: far from its roofs"
+        return {"part": each["part"], "time": 1e6*each["seconds"],
+                "share": round(100*each["seconds"]/advice.seconds, 1), "least": 1e6*each["least"],
+                "operators": each["operators"], "start": 1e6*each["dispatch"],
                 "work": each["flops"]/1e3, "moved": each["moved"]/1e3, "intensity": each["flops"]/max(each["moved"], 1),
                 "limited by": "starting" if each["dispatch"] > 0.5*each["seconds"] else limit}
     whole = {figure: advice.total(figure) for figure in ("seconds", "least", "operators", "dispatch", "flops", "moved")}
@@ -285,7 +302,8 @@ def technique_table(advice: Advice) -> Table:
     rows = [{"technique": each.name, "gain": each.gain if each.helps else None, "at most": each.bound,
              "time": 1e6*each.seconds, "needs": each.needs, "why": each.why if each.helps else f"no: {each.why}"}
             for each in advice.techniques]
-    return Table(rows, "What can be tried, each on top of exporting", {"gain": "times", "at most": "times", "time": "µs"})
+    units = {"gain": "times", "at most": "times", "time": "µs"}
+    return Table(rows, "What can be tried, each on top of exporting", units)
 
 def sections(advice: Advice) -> list[str | Table]:
     "Return what is printed, line by line and table by table."

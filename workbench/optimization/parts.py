@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'WITHIN', 'AROUND', 'Watch', 'watching', 'part_of', 'shared', 'serving', 'Started', 'count',
-           'measure_start', 'inference_roofline', 'time_call', 'least', 'per_part', 'part_rows']
+           'measure_start', 'measure_products', 'inference_roofline', 'time_call', 'least', 'per_part', 'part_rows']
 
 # %% ../../nbs/optimization/26_parts.ipynb #36c0ff8b
 import re, time
@@ -114,17 +114,29 @@ def measure_start(device: torch.device, seconds: float, length: int = 50) -> flo
         for _ in range(length): x = layer(x) + numbers
     with torch.inference_mode(): return shortest(chain, device, seconds)/(2*length)*1e6
 
+def measure_products(kind: torch.dtype, seconds: float, side: int = 256) -> float:  # GFLOP/s
+    "Measure the peak of products that are over before another process gets its turn."
+    left, right = (torch.randn(side, side).to(kind) for _ in range(2))
+    return 2*side**3/shortest(lambda: left @ right, torch.device("cpu"), seconds)/1e9
+
 def inference_roofline(
     device: str = "cpu",     # or cuda
     seconds: float = 1.0,    # about how long to measure
 ) -> Roofline:
     "Measure what the threads in use can do, with the start of an operator as an answer has it."
     found = measure_roofline(device, 0.8*seconds)
-    peak = found.peak | ({"int8": measure_int8(0.1*seconds)} if device == "cpu" else {})
+    peak = found.peak
+    if device == "cpu":
+        peak = {kind: max(known, measure_products(getattr(torch, kind), 0.1*seconds)) for kind, known in peak.items()}
+        peak["int8"] = measure_int8(0.1*seconds)
     return replace(found, peak=peak, dispatch=measure_start(torch.device(device), 0.1*seconds))
 
 # %% ../../nbs/optimization/26_parts.ipynb #cf45f7db
-def time_call(form: TopK, batch: int, seconds: float) -> tuple[float, dict[str, float]]:  # seconds: of a call, of a part
+def time_call(
+    form: TopK,                            # of `serving`
+    batch: int,                            # histories in a call
+    seconds: float,                        # how long to measure
+) -> tuple[float, dict[str, float]]:       # seconds of a call, and of each part
     "Time a call, and share its time out to the parts."
     inputs, watch, free, laps = example_inputs(form.length, form.n_items, batch), Watch(), [], []
     def lap() -> float:
@@ -168,6 +180,7 @@ def part_rows(
         roof, start = least(ours, roofline), len(ours)*roofline.dispatch*1e-6
         alone = sum(max(least([row], roofline), roofline.dispatch*1e-6) for row in ours) if overlap else roof + start
         taken = alone if spent is None else spent.get(part, 0.0)
+        if spent is not None: roof = min(roof, taken)
         found.append({"part": part, "operators": len(ours), "flops": sum(row["flops"] for row in ours),
                       "moved": sum(row["moved"] for row in ours), "least": roof, "dispatch": min(start, taken),
                       "seconds": taken})
