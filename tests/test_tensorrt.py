@@ -17,9 +17,10 @@ import torch
 from tensorrt_host import on_the_host
 
 from workbench.errors import BackendError
-from workbench.models.sequential import SASRec
+from workbench.models.sequential import HSTU, ESASRec, SASRec
 from workbench.optimization.backends import backends, installed
 from workbench.optimization.export import TopK, example_inputs, export_program
+from workbench.optimization.rewrite import serving_form
 from workbench.optimization.tensorrt import (
     FILE,
     RECORD,
@@ -29,6 +30,7 @@ from workbench.optimization.tensorrt import (
     answering,
     compile_program,
     dry_run,
+    operator_name,
     places,
     read_record,
     refit,
@@ -248,6 +250,20 @@ def test_the_lowered_graph_answers_as_the_model(library, model, program, precisi
         assert share(ids, exact[0]) >= SHARES[precision]
         if precision == "float32":
             torch.testing.assert_close(scores, exact[1])
+
+
+@needs_library
+@pytest.mark.parametrize("kind", [ESASRec, HSTU])
+def test_the_other_models_are_lowered_too(library, kind):
+    torch.manual_seed(0)
+    other, options = serving_form(kind(n_items=500, length=20, width=32, blocks=2, heads=2).eval()), EngineOptions()
+    traced = traced_again(export_program(other, K), options)
+    lowered = compile_program(traced, options, dry=True)
+    assert {operator_name(node) for where, node in places(lowered) if where == "PyTorch"} == {"torch.ops.aten.gather.default"}
+    for batch in (1, 256):
+        inputs = example_inputs(20, 500, batch)
+        with torch.inference_mode():
+            torch.testing.assert_close(lowered(*inputs)[1], TopK(other, K)(*inputs)[1])
 
 
 @needs_library

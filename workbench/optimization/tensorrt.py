@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
+from importlib import import_module
+from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +44,10 @@ def why_not(
     extra, twin = TWINS[distribution], next(name for name in TWINS if name != distribution)
     if installed(distribution) == "–":
         other = f"{twin} is installed in its place, use {TWINS[twin]}, or " if installed(twin) != "–" else ""
-        return f"{distribution} is not installed: {other}pip install 'workbench[{extra}]' on a machine with an NVIDIA GPU"
+        return (f"{distribution} is not installed: {other}pip install 'workbench[{extra}]' on a machine with an NVIDIA "
+                "GPU")
     if not torch.cuda.is_available():
-        build = "" if torch.version.cuda else f", and torch {torch.__version__} is a build without CUDA: install one with it"
+        build = "" if torch.version.cuda else f", and torch {torch.__version__} has no CUDA: install a build that has"
         return f"there is no NVIDIA GPU with a driver here{build}"
     try: import_tensorrt()
     except BackendError as error: return str(error)
@@ -64,12 +67,10 @@ def muffled() -> Iterator[None]:
 def import_tensorrt():
     "Import Torch-TensorRT; raises BackendError with the reason when it cannot be imported, whatever that raised."
     try:
-        with muffled():
-            import torch_tensorrt
+        with muffled(): return import_module("torch_tensorrt")
     except Exception as error:
         raise BackendError(f"torch_tensorrt cannot be imported ({reason(error)}): install the extra tensorrt or "
                            "tensorrt-rtx beside a torch that has CUDA, on a machine with an NVIDIA driver") from None
-    return torch_tensorrt
 
 # %% ../../nbs/optimization/23_tensorrt.ipynb #83049fef
 def traced_again(
@@ -145,15 +146,15 @@ Place = tuple[str, "Node"]   # "engine 1" or "PyTorch", and an operator
 
 def places(module: "GraphModule") -> list[Place]:
     "List the operators of a partitioned graph with where each would run, in the order they run."
-    from operator import getitem
     found, engines, parts = [], 0, dict(module.named_children())
     for node in module.graph.nodes:
-        part = parts.get(str(node.target)) if node.op == "call_module" else None
-        if part is None: found += [("PyTorch", node)] if node.op == "call_function" and node.target is not getitem else []
-        else:
-            engines += "_run_on_acc" in node.target
-            name = f"engine {engines}" if "_run_on_acc" in node.target else "PyTorch"
-            found += [(name, each) for each in part.graph.nodes if each.op == "call_function" and each.target is not getitem]
+        inside, name = [node], "PyTorch"
+        if node.op == "call_module" and node.target in parts:
+            inside = parts[node.target].graph.nodes
+            if "_run_on_acc" in node.target:
+                engines += 1
+                name = f"engine {engines}"
+        found += [(name, each) for each in inside if each.op == "call_function" and each.target is not getitem]
     return found
 
 # %% ../../nbs/optimization/23_tensorrt.ipynb #5f2bcfad
@@ -181,8 +182,8 @@ def dry_run(
     library = import_tensorrt()
     found = places(compile_program(traced_again(program, options), options, dry=True))
     with muffled():
-        counted = Counter((where, operator_name(node), "" if where != "PyTorch" else why_in_torch(library, node, options))
-                          for where, node in found)
+        counted = Counter((where, operator_name(node),
+                           why_in_torch(library, node, options) if where == "PyTorch" else "") for where, node in found)
     inside = sum(where != "PyTorch" for where, _ in found)
     engines = len({where for where, _ in found} - {"PyTorch"})
     return Table([{"where": where, "operator": name, "count": count, "reason": why or None}
@@ -205,7 +206,8 @@ def write_record(
 def read_record(folder: Path) -> dict[str, Any]:
     "Read and verify the record of a folder of engines; raises BackendError for one that cannot be loaded here."
     try: record = read_json(folder/RECORD)
-    except WorkbenchError as error: raise BackendError(f"{folder} holds no engine ({error}): compile it again") from None
+    except WorkbenchError as error:
+        raise BackendError(f"{folder} holds no engine ({error}): compile it again") from None
     names = {"options", "machine", "structure", "length", "files"}
     if not isinstance(record, dict) or set(record) != names or FILE not in record["files"]:
         raise BackendError(f"{folder/RECORD} is not a record of engines: compile the model again")
@@ -237,7 +239,8 @@ def open_compiled(folder: Path, options: EngineOptions) -> Callable:  # tensors 
     with failures("loading the engine"), muffled():
         if options.save_format == "aot_inductor":
             return torch._inductor.aoti_load_package(str(folder/FILE))
-        if not library.ENABLED_FEATURES.torch_tensorrt_runtime: import torch_tensorrt.dynamo.runtime._TRTEngine
+        if not library.ENABLED_FEATURES.torch_tensorrt_runtime:
+            import_module("torch_tensorrt.dynamo.runtime._TRTEngine")    # has the operator that runs an engine
         return torch.export.load(str(folder/FILE)).module()
 
 # %% ../../nbs/optimization/23_tensorrt.ipynb #9b959c65

@@ -70,7 +70,7 @@ def check_type(name: str, value: Any) -> None:
     kinds = KINDS[name]
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise BackendError(f"the engine option {name} is {value!r}: give a {wanted}")
+        raise BackendError(f"the engine option {name} is {value!r}: give a value of type {wanted}")
 
 # %% ../../nbs/optimization/22_tensorrt_options.ipynb #85100487
 def check_range(name: str, range_: tuple, most: int) -> None:
@@ -136,14 +136,14 @@ def check_keywords(
     known = {name for name, each in signature(function).parameters.items() if each.kind in named}
     known |= {field.name for field in fields(settings)} if settings else set()
     for name in keywords:
-        if name not in known:
-            raise BackendError(f"this version of {function.__module__.partition('.')[0]} has no option {name!r} and would "
-                               f"ignore it: {near(name, sorted(known))}")
+        if name in known: continue
+        raise BackendError(f"this version of {function.__module__.partition('.')[0]} has no option {name!r} and would "
+                           f"ignore it: {near(name, sorted(known))}")
 
 # %% ../../nbs/optimization/22_tensorrt_options.ipynb #685fa277
 DISTRIBUTIONS = ("torch", "torch-tensorrt", "torch-tensorrt-rtx", "tensorrt", "tensorrt-rtx")
 
-def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str:  # e.g. "580.65.06"; a dash where there is none
+def driver_version(path: Path = Path("/proc/driver/nvidia/version")) -> str:  # e.g. "580.65.06", or a dash
     "Return the version of the NVIDIA driver."
     try: found = re.search(r"\d+\.\d+(\.\d+)?", path.read_text())
     except OSError: return "–"
@@ -191,7 +191,8 @@ def open_cache(
     if cache.stat().st_mode & 0o022 or cache.stat().st_uid != os.getuid():
         raise BackendError(f"others can write into the engine cache {cache}, and its files run code: remove it")
     if not (cache/MADE_FOR).exists():
-        if any(cache.iterdir()): raise BackendError(f"the engine cache {cache} does not say what it was made for: remove it")
+        if any(cache.iterdir()):
+            raise BackendError(f"the engine cache {cache} does not say what it was made for: remove it")
         write_json(cache/MADE_FOR, made_for)
     try: changed = differences(read_json(cache/MADE_FOR), made_for)
     except (AttributeError, WorkbenchError) as error: changed = reason(error)
