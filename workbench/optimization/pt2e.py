@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.export import Dim
 
 from ..errors import BackendError
-from .backends import failures, quiet
+from .backends import failures, quiet, reason
 from .export import MAX_BATCH, MAX_EXCLUDE, example_inputs
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def hushed() -> Iterator[None]:
         except Exception as error:
             said.seek(0)
             native = [line.strip() for line in said.read().decode(errors="replace").splitlines() if ".cpp:" in line]
-            raise BackendError("; ".join([str(error), *native[-1:]])) from None
+            if not native: raise
+            raise RuntimeError(f"{reason(error)}; {native[-1]}") from None
         finally:
             os.dup2(kept, 2)
             os.close(kept)
@@ -68,7 +69,7 @@ def history_length(
     return int(next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[1])
 
 # %% ../../nbs/optimization/20_pt2e.ipynb #bb611ad6
-CLIPPED = 0.01  # share of the values entering a layer that may lie outside of the calibrated range
+CLIPPED = 0.02  # share of the values entering a layer that may lie outside of the calibrated range
 
 class Watch(fx.Interpreter):
     "Runs a graph and keeps what entered each linear layer."
