@@ -156,8 +156,8 @@ def check_calibration(program: "ExportedProgram", batches: Sequence[Sequence[Ten
     drawn = example_inputs(history_length(program), catalogue_size(program), 64, seed=1)
     share = clipped_share(program.module(), batches, drawn)
     if share > CLIPPED:
-        raise BackendError(f"the calibration histories do not represent the catalogue: {share:.1%} of the values entering "
-                           f"a layer would be clipped, {CLIPPED:.0%} may be; give more and different histories")
+        raise BackendError(f"the calibration histories do not represent the catalogue: {share:.1%} of the values "
+                           f"entering a layer would be clipped, {CLIPPED:.0%} may be; give more and different histories")
 
 def quantise_program(
     program: "ExportedProgram",                     # of `export_program`
