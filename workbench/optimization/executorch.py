@@ -56,7 +56,8 @@ def count_operators(module: Any) -> dict[str, dict[str, int]]:  # operator → {
     "Count where each operator of a lowered graph runs."
     from executorch.devtools.backend_debug import get_delegation_info
     found = get_delegation_info(module).delegation_by_operator
-    return {name.removeprefix("aten_").removesuffix("_default"): {"delegated": one.delegated, "portable": one.non_delegated}
+    return {name.removeprefix("aten_").removesuffix("_default"):
+            {"delegated": one.delegated, "portable": one.non_delegated}
             for name, one in sorted(found.items()) if name != "getitem"}
 
 # %% ../../nbs/optimization/21_executorch.ipynb #665dcbce

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.export import Dim
 
 from ..errors import BackendError
-from .backends import failures, quiet
+from .backends import failures, quiet, reason
 from .export import MAX_BATCH, MAX_EXCLUDE, example_inputs
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def hushed() -> Iterator[None]:
         except Exception as error:
             said.seek(0)
             native = [line.strip() for line in said.read().decode(errors="replace").splitlines() if ".cpp:" in line]
-            raise BackendError("; ".join([str(error), *native[-1:]])) from None
+            if not native: raise
+            raise RuntimeError(f"{reason(error)}; {native[-1]}") from None
         finally:
             os.dup2(kept, 2)
             os.close(kept)
@@ -68,7 +69,7 @@ def history_length(
     return int(next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[1])
 
 # %% ../../nbs/optimization/20_pt2e.ipynb #bb611ad6
-CLIPPED = 0.01  # share of the values entering a layer that may lie outside of the calibrated range
+CLIPPED = 0.02  # share of the values entering a layer that may lie outside of the calibrated range
 
 class Watch(fx.Interpreter):
     "Runs a graph and keeps what entered each linear layer."
@@ -155,12 +156,12 @@ def check_calibration(program: "ExportedProgram", batches: Sequence[Sequence[Ten
     drawn = example_inputs(history_length(program), catalogue_size(program), 64, seed=1)
     share = clipped_share(program.module(), batches, drawn)
     if share > CLIPPED:
-        raise BackendError(f"the calibration histories do not represent the catalogue: {share:.1%} of the values entering a "
-                           f"layer would be clipped, {CLIPPED:.0%} may be; give more and different histories")
+        raise BackendError(f"the calibration histories do not represent the catalogue: {share:.1%} of the values "
+                           f"entering a layer would be clipped, {CLIPPED:.0%} may be; give more and different histories")
 
 def quantise_program(
     program: "ExportedProgram",                     # of `export_program`
-    batches: Sequence[tuple[np.ndarray, ...]],      # (items, lengths, exclude) to calibrate with; may be empty if dynamic
+    batches: Sequence[tuple[np.ndarray, ...]],      # (items, lengths, exclude); may be empty if dynamic
     kind: str = "x86",                              # "x86" for inductor, "xnnpack" for executorch
     dynamic: bool = False,                          # find the ranges of each request anew
     skip: Sequence[str] = (),                       # parts of module names that are left in float32
@@ -186,8 +187,8 @@ def quantise_weights(
     widths = [layer.in_features for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     if not widths: raise BackendError(f"{type(model).__name__} has no linear layers to quantise: use it uncompressed")
     if bits == 4 and any(width % 32 for width in widths):
-        raise BackendError(f"int4 needs layers of a multiple of 32 inputs and one has {min(w for w in widths if w % 32)}: "
-                           "use 8 bits")
+        odd = min(width for width in widths if width % 32)
+        raise BackendError(f"int4 needs layers of a multiple of 32 inputs and one has {odd}: use 8 bits")
     with failures(f"int{bits} weights"), hushed():
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
         smaller = copy.deepcopy(model).eval()
