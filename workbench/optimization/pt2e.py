@@ -157,7 +157,7 @@ def check_calibration(program: "ExportedProgram", batches: Sequence[Sequence[Ten
     share = clipped_share(program.module(), batches, drawn)
     if share > CLIPPED:
         raise BackendError(f"the calibration histories do not represent the catalogue: {share:.1%} of the values "
-                           f"entering a layer would be clipped, {CLIPPED:.0%} may be; give more and different histories")
+                           f"entering a layer would be clipped, {CLIPPED:.0%} may be; give more, and different ones")
 
 def quantise_program(
     program: "ExportedProgram",                     # of `export_program`
