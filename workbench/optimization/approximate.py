@@ -40,15 +40,14 @@ class GraphIndex(ItemIndex):
     def __init__(self, vectors: np.ndarray, threads: int, method: "Graph"):
         super().__init__(vectors, threads)
         self.ef, self.limit = method.ef, max(len(vectors)//SCAN_SHARE, 4*method.ef)
-        self.coarse = method.metric != "ip" or getattr(method, "dtype", "f32") != "f32"  # its scores are not the real ones
-        self.longer = method.metric == "l2"
+        self.longer, self.rounded = method.metric == "l2", getattr(method, "dtype", "f32") != "f32"
 
     def near(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         "Walk: ids int64[B, count], 0 where there are none, and scores float32[B, count]."
         raise NotImplementedError
 
     def find(self, queries: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if not exclude.shape[1] and not self.n_blocked and 2*k <= self.ef and not self.coarse and k <= self.size:
+        if not exclude.shape[1] and not self.n_blocked and 2*k <= self.ef and not (self.longer or self.rounded) and k <= self.size:
             ids, scores = self.near(queries, k)
             if ids.shape[1] == k and ids.all(): return ids, scores
         return super().find(queries, exclude, k)
@@ -57,7 +56,7 @@ class GraphIndex(ItemIndex):
         width = max(self.ef, 2*k)
         widest = width + 2*len(unwanted)
         asked = np.append(query, np.float32(0))[None] if self.longer else query[None]
-        for count in (width, min(4*width, widest), widest):
+        for count in (width,) if self.rounded else (width, min(4*width, widest), widest):
             if count > min(self.limit, self.size): break
             ids = self.near(asked, count)[0][0]
             found = ids[~(self.blocked[ids] | (ids[:, None] == unwanted).any(axis=1))]
