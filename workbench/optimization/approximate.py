@@ -39,16 +39,16 @@ class GraphIndex(ItemIndex):
     "Items in a graph of a library; a scan answers what a walk cannot."
     def __init__(self, vectors: np.ndarray, threads: int, method: "Graph"):
         super().__init__(vectors, threads)
-        self.ef, self.limit = method.ef, max(len(vectors)//SCAN_SHARE, 4*method.ef)
-        self.coarse = method.metric != "ip" or getattr(method, "dtype", "f32") != "f32"  # its scores are not the real ones
-        self.longer = method.metric == "l2"
+        self.ef, self.limit = method.ef, max(len(vectors)//SCAN_SHARE, 2*method.ef)
+        self.longer, self.rounded = method.metric == "l2", getattr(method, "dtype", "f32") != "f32"
 
     def near(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         "Walk: ids int64[B, count], 0 where there are none, and scores float32[B, count]."
         raise NotImplementedError
 
     def find(self, queries: np.ndarray, exclude: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if not exclude.shape[1] and not self.n_blocked and 2*k <= self.ef and not self.coarse and k <= self.size:
+        plain = not (exclude.shape[1] or self.n_blocked or self.longer or self.rounded)
+        if plain and k <= min(self.ef, self.size):
             ids, scores = self.near(queries, k)
             if ids.shape[1] == k and ids.all(): return ids, scores
         return super().find(queries, exclude, k)
@@ -57,7 +57,7 @@ class GraphIndex(ItemIndex):
         width = max(self.ef, 2*k)
         widest = width + 2*len(unwanted)
         asked = np.append(query, np.float32(0))[None] if self.longer else query[None]
-        for count in (width, min(4*width, widest), widest):
+        for count in (width,) if self.rounded or not self.longer else (width, min(4*width, widest), widest):
             if count > min(self.limit, self.size): break
             ids = self.near(asked, count)[0][0]
             found = ids[~(self.blocked[ids] | (ids[:, None] == unwanted).any(axis=1))]
@@ -80,14 +80,16 @@ class Graph(IndexMethod):
         if self.metric not in METRICS:
             raise BackendError(f"a graph is built with {' or '.join(METRICS)}: {self.metric!r} is neither")
         for name, least in (("connectivity", 2), ("ef_construction", 8), ("ef", 1)):
-            if getattr(self, name) < least: raise BackendError(f"{name} must be at least {least}: it is {getattr(self, name)}")
+            value = getattr(self, name)
+            if value < least: raise BackendError(f"{name} must be at least {least}: it is {value}")
 
     def pieces(self, vectors: np.ndarray, progress: Progress) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         "Yield ids and vectors of the items as the graph stores them, a chunk at a time, and report how far it is."
-        longest = (vectors**2).sum(axis=1).max() if self.metric == "l2" else None
+        longest = np.einsum("nd,nd->n", vectors, vectors).max() if self.metric == "l2" else None
         for start in range(1, len(vectors), CHUNK):
             part = vectors[start:start + CHUNK]
-            yield np.arange(start, start + len(part), dtype=np.uint64), part if longest is None else lengthened(part, longest)
+            ids = np.arange(start, start + len(part), dtype=np.uint64)
+            yield ids, part if longest is None else lengthened(part, longest)
             progress((start + len(part) - 1)/(len(vectors) - 1))
 
     def stored_width(self, vectors: np.ndarray) -> int:
@@ -163,10 +165,12 @@ class UsearchIndex(GraphIndex):
 
     def near(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         found = self.graph.search(queries, count, threads=self.threads)
-        ids, distances = found.keys.view(np.int64).reshape(len(queries), -1), found.distances.reshape(len(queries), -1)
+        ids = found.keys.view(np.int64).reshape(len(queries), -1)
+        distances = found.distances.reshape(len(queries), -1)
         if len(queries) > 1 and found.counts.min() < count: ids[np.arange(count) >= found.counts[:, None]] = 0
         return ids, np.subtract(1, distances, out=distances)
 
+# %% ../../nbs/optimization/31_approximate.ipynb #bd45d104
 @dataclass(frozen=True, kw_only=True)
 class Usearch(Graph):
     "usearch, in one of four number types."
@@ -176,12 +180,14 @@ class Usearch(Graph):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dtype not in STORED: raise BackendError(f"usearch stores {', '.join(STORED)}: {self.dtype!r} is none of them")
+        if self.dtype not in STORED:
+            raise BackendError(f"usearch stores {', '.join(STORED)}: {self.dtype!r} is none of them")
 
     def empty(self, width: int):
         "Return an index without items."
         from usearch.index import Index
-        return Index(ndim=width, metric={"ip": "ip", "l2": "l2sq"}[self.metric], dtype=self.dtype, connectivity=self.connectivity,
+        metric = {"ip": "ip", "l2": "l2sq"}[self.metric]
+        return Index(ndim=width, metric=metric, dtype=self.dtype, connectivity=self.connectivity,
                      expansion_add=self.ef_construction, expansion_search=self.ef, enable_key_lookups=False)
 
     def write(self, vectors: np.ndarray, folder: Path, threads: int, progress: Progress) -> None:
@@ -217,10 +223,11 @@ def tune(
     "Set the smallest `ef` that reaches a recall; raises BackendError when none of the widths does."
     rows = []
     for index.ef in widths:
-        rows.append({"ef": index.ef, "recall": recall(index, exact, queries, k), "p50": median_search(index, queries, k)})
+        rows.append({"ef": index.ef, "recall": recall(index, exact, queries, k),
+                     "p50": median_search(index, queries, k)})
         if rows[-1]["recall"] >= wanted: return Table(rows, f"Up to a recall of {wanted:.1%}", {"p50": "µs"})
-    raise BackendError(f"recall reaches {rows[-1]['recall']:.1%} at ef {index.ef} and {wanted:.1%} is wanted: build with "
-                       "the other metric, or a larger connectivity or ef_construction")
+    raise BackendError(f"recall reaches {rows[-1]['recall']:.1%} at ef {index.ef} and {wanted:.1%} is wanted: build "
+                       "with the other metric, or a larger connectivity or ef_construction")
 
 def remember(folder: str | Path, ef: int) -> None:
     "Write an `ef` into the folder of an index."
@@ -237,7 +244,7 @@ def choose_metric(
     k: int = 10,           # how many
     wanted: float = 0.99,  # recall
 ) -> Graph:                # with the metric that reaches the recall sooner
-    "Build a sample of the catalogue with each metric and compare the times; raises BackendError when neither gets there."
+    "Build a sample of the catalogue with each metric and compare; raises BackendError when neither gets there."
     rows = np.linspace(1, len(vectors) - 1, min(SAMPLE, len(vectors) - 1)).astype(np.int64)
     sample, times, why = vectors[np.append(0, rows)], {}, ""
     with tempfile.TemporaryDirectory() as folder:

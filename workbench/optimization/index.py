@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FOLDS', 'MANIFEST', 'TABLE', 'Progress', 'indexes', 'SCAN_FILE', 'DEEP', 'ITEMS', 'best', 'no_answer', 'allowed',
-           'ItemIndex', 'check_search', 'check_ids', 'block', 'IndexMethod', 'check_vectors', 'known_indexes',
-           'load_index', 'Exact', 'quantise', 'write_scan', 'ScanIndex', 'Int8', 'with_index', 'recall']
+           'ItemIndex', 'check_search', 'check_ids', 'block', 'unwanted', 'IndexMethod', 'check_vectors',
+           'known_indexes', 'load_index', 'Exact', 'quantise', 'write_scan', 'ScanIndex', 'Int8', 'with_index',
+           'recall']
 
 # %% ../../nbs/optimization/30_index.ipynb #c70888cd
 from collections.abc import Callable
@@ -89,7 +90,7 @@ class ItemIndex:
         "Search, the input being checked: candidates first, then their scores in float32."
         ids, scores = no_answer(len(queries), k)
         for row, query in enumerate(queries):
-            found = self.candidates(query, self.unwanted(exclude[row]), k)
+            found = self.candidates(query, unwanted(self, exclude[row]), k)
             exact = self.vectors[found] @ query
             order = np.argsort(-exact, kind="stable")[:k]
             ids[row, :len(order)], scores[row, :len(order)] = found[order], exact[order]
@@ -98,10 +99,6 @@ class ItemIndex:
     def candidates(self, query: np.ndarray, unwanted: np.ndarray, k: int) -> np.ndarray:
         "Return at least k allowed items, or all there are, among which the best k are."
         return allowed(self.vectors @ query, unwanted, k)
-
-    def unwanted(self, exclude: np.ndarray) -> np.ndarray:
-        "Join what one request excludes with what is blocked for everybody."
-        return np.concatenate([exclude, np.flatnonzero(self.blocked)]) if self.n_blocked else exclude
 
 # %% ../../nbs/optimization/30_index.ipynb #9e5c3473
 def check_search(index: ItemIndex, queries: np.ndarray, exclude: np.ndarray, k: int) -> bool:
@@ -135,6 +132,10 @@ def block(
     marks = index.blocked.copy()
     marks[ids], marks[0] = value, True
     index.blocked, index.n_blocked = marks, int(marks.sum()) - 1
+
+def unwanted(index: ItemIndex, exclude: np.ndarray) -> np.ndarray:
+    "Join what one request excludes with what is blocked for everybody."
+    return np.concatenate([exclude, np.flatnonzero(index.blocked)]) if index.n_blocked else exclude
 
 ItemIndex.block, ItemIndex.unblock = block, partialmethod(block, value=False)
 
@@ -170,7 +171,8 @@ class IndexMethod:
             np.save(aside/TABLE, vectors)
             self.write(vectors, aside, threads, progress or (lambda share: None))
             write_json(aside/MANIFEST, {"method": self.name, "config": asdict(self), "n_items": len(vectors) - 1,
-                                        "width": vectors.shape[1], "versions": self.versions(), "files": checksums(aside)})
+                                        "width": vectors.shape[1], "versions": self.versions(),
+                                        "files": checksums(aside)})
         return Path(folder)
 
 def check_vectors(vectors: np.ndarray) -> None:
@@ -231,12 +233,13 @@ def write_scan(vectors: np.ndarray, path: Path) -> None:
     table = numpy_helper.from_array(np.ascontiguousarray(quantise(vectors).T), "table")
     nodes = [helper.make_node("DynamicQuantizeLinear", ["queries"], ["rough", "scale", "zero"]),
              helper.make_node("MatMulInteger", ["rough", "table", "zero"], ["scores"])]
-    graph = helper.make_graph(nodes, "scan",
-                              [helper.make_tensor_value_info("queries", TensorProto.FLOAT, ["batch", vectors.shape[1]])],
-                              [helper.make_tensor_value_info("scores", TensorProto.INT32, ["batch", len(vectors)])], [table])
+    queries = helper.make_tensor_value_info("queries", TensorProto.FLOAT, ["batch", vectors.shape[1]])
+    scores = helper.make_tensor_value_info("scores", TensorProto.INT32, ["batch", len(vectors)])
+    graph = helper.make_graph(nodes, "scan", [queries], [scores], [table])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save(model, path, save_as_external_data=table.ByteSize() > 1 << 30, location="scan.data")
 
+# %% ../../nbs/optimization/30_index.ipynb #36943cdc
 class ScanIndex(ItemIndex):
     "Every item in int8, the best candidates in float32."
     def __init__(self, vectors: np.ndarray, threads: int, path: Path, factor: int):

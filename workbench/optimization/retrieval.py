@@ -112,4 +112,5 @@ def open_retrieval(
     if not (variant.folder/ITEMS).is_dir(): raise BackendError(f"{variant.name} has no index: use Variant.callable")
     threads = threads or variant.threads
     index = load_index(variant.folder/ITEMS, threads)
-    return guarded(with_index(backends[variant.backend].load(variant.folder, threads), index, variant.k), variant), index
+    run = with_index(backends[variant.backend].load(variant.folder, threads), index, variant.k)
+    return guarded(run, variant), index

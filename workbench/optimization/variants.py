@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'FEWEST', 'CASES', 'variant_name', 'Variant', 'load_variant', 'check_shapes', 'largest', 'well_packed',
-           'check_values', 'guarded', 'check_calibration', 'fingerprint', 'compression_for', 'compile_variant',
-           'draw_inputs', 'check_answer', 'check_parity']
+           'check_values', 'load_answer', 'guarded', 'check_calibration', 'fingerprint', 'compression_for',
+           'compile_variant', 'draw_inputs', 'check_answer', 'check_parity']
 
 # %% ../../nbs/optimization/05_variants.ipynb #5903ccec
 import time
@@ -73,12 +73,7 @@ class Variant:
         threads: int | None = None,  # CPU threads for an answer; None for what it was compiled for
     ) -> Answer:                     # (items, lengths, exclude) → (ids int64[B, k], scores float32[B, k])
         "Make it answer; input it cannot answer is a BackendError."
-        threads = threads or self.threads
-        run = backends[self.backend].load(self.folder, threads)
-        if (self.folder/"items").is_dir():
-            from workbench.optimization.index import load_index, with_index
-            run = with_index(run, load_index(self.folder/"items", threads), self.k)
-        return guarded(run, self)
+        return guarded(load_answer(self, threads or self.threads), self)
 
     def to_dict(self) -> dict[str, Any]:
         "Return what `variant.json` holds."
@@ -136,6 +131,13 @@ def check_values(items: np.ndarray, lengths: np.ndarray, exclude: np.ndarray, va
     raise BackendError("a history has gaps, or another length than stated: put its items first and 0 after them")
 
 # %% ../../nbs/optimization/05_variants.ipynb #afe80efb
+def load_answer(variant: Variant, threads: int) -> Answer:
+    "Open the program, and the index beside it where there is one."
+    run, items = backends[variant.backend].load(variant.folder, threads), variant.folder/"items"
+    if not items.is_dir(): return run
+    from workbench.optimization.index import load_index, with_index
+    return with_index(run, load_index(items, threads), variant.k)
+
 def guarded(run: Answer, variant: Variant) -> Answer:
     "Check every input before the native code sees it, and turn its failures into one line."
     def answer(items: np.ndarray, lengths: np.ndarray, exclude: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
