@@ -65,7 +65,7 @@ class GraphIndex(ItemIndex):
         return allowed(self.vectors @ query, unwanted, k)
 
 # %% ../../nbs/optimization/31_approximate.ipynb #d205638d
-GRAPH, CHUNK = "graph.bin", 65_536  # the library's own file; items added at a time
+GRAPH, CHUNK = "graph.data", 65_536  # the library's own file; items added at a time
 METRICS = ("l2", "ip")
 
 @dataclass(frozen=True, kw_only=True)

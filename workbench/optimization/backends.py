@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Answer', 'OPSET', 'INPUTS', 'OUTPUTS', 'ELSEWHERE', 'backends', 'Backend', 'installed', 'reason', 'failures',
-           'with_torch', 'Eager', 'quiet', 'Inductor', 'write_onnx', 'OnnxRuntime', 'open_session', 'import_openvino',
-           'OpenVINO', 'Backends', 'known_backends']
+           'with_torch', 'Eager', 'quiet', 'Inductor', 'write_onnx', 'keep_heads_together', 'take_over_heads',
+           'remove_unused', 'OnnxRuntime', 'open_session', 'import_openvino', 'OpenVINO', 'Backends', 'known_backends']
 
 # %% ../../nbs/optimization/03_backends.ipynb #625ecc97
 import json, logging, os, sys, tempfile, threading, warnings
@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -148,12 +148,56 @@ def write_onnx(program: "ExportedProgram", path: Path) -> None:
                                   output_names=outputs, opset_version=OPSET, verbose=False)
     converted.save(path)
 
+# %% ../../nbs/optimization/03_backends.ipynb #c25e9dae
+def keep_heads_together(path: Path) -> int:  # attentions that were changed
+    "Let the Attention operators of an ONNX file split heads themselves, and drop what did it around them."
+    import onnx
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    made = {name: node for node in graph.node for name in node.output}
+    shapes = {each.name: each.type.tensor_type.shape.dim for each in graph.value_info}
+    changed = [take_over_heads(node, graph, made, shapes) for node in list(graph.node) if node.op_type == "Attention"]
+    if any(changed):
+        remove_unused(graph)
+        onnx.save(model, path)
+    return sum(changed)
+
+def take_over_heads(node: Any, graph: Any, made: dict[str, Any], shapes: dict[str, Any]) -> bool:
+    "Give one Attention the whole width of query, key and value, where heads are split before it and joined after it."
+    from onnx.helper import make_attribute
+    def after(name: str, kind: str) -> Any:
+        found = [each for each in graph.node if name in each.input]
+        return found[0] if len(found) == 1 and found[0].op_type == kind else None
+    turned = [made.get(name) for name in node.input[:3]]
+    split = [made.get(each.input[0]) if each is not None and each.op_type == "Transpose" else None for each in turned]
+    back = after(node.output[0], "Transpose")
+    joined = after(back.output[0], "Reshape") if back is not None else None
+    if joined is None or any(each is None or each.op_type != "Reshape" for each in split): return False
+    heads = [shapes[each.output[0]][2].dim_value if each.output[0] in shapes else 0 for each in split]
+    if not all(heads): return False
+    for place, each in enumerate(split): node.input[place] = each.input[0]
+    node.attribute.extend([make_attribute("q_num_heads", heads[0]), make_attribute("kv_num_heads", heads[1])])
+    node.output[0] = joined.output[0]
+    graph.node.remove(back)
+    graph.node.remove(joined)
+    return True
+
+def remove_unused(graph: Any) -> None:
+    "Remove the nodes whose results nobody reads."
+    needed = {each.name for each in graph.output}
+    for node in reversed(list(graph.node)):
+        if any(name in needed for name in node.output): needed.update(node.input)
+        else: graph.node.remove(node)
+
+# %% ../../nbs/optimization/03_backends.ipynb #35482d36
 class OnnxRuntime(Backend):
     "ONNX Runtime on the CPU."
     name, needs = "onnxruntime", ("onnxruntime", "onnx", "onnxscript")
 
     def compile(self, program: "ExportedProgram", folder: Path, threads: int = 1) -> None:
-        with failures(self.name), quiet(): write_onnx(program, folder/"model.onnx")
+        with failures(self.name), quiet():
+            write_onnx(program, folder/"model.onnx")
+            keep_heads_together(folder/"model.onnx")
 
     def load(self, folder: Path, threads: int = 1) -> Answer:
         with failures(self.name): session = open_session(folder/"model.onnx", threads)
