@@ -199,11 +199,11 @@ def test_layers_that_are_skipped_stay_as_they_were(kind):
 
 def test_calibration_that_covers_nothing_is_refused_with_the_figure():
     program = export_program(encoder(blocks=1), K)
-    with pytest.raises(BackendError, match="there are no histories to calibrate with"):
+    with pytest.raises(BackendError, match="no histories to calibrate with"):
         quantise_program(program, [])
     one = tuple(x[:1] for x in histories()[0])
     for few in ([one], [one] * 50, [(np.zeros((4, LENGTH), int), np.ones(4, int), np.zeros((4, 1), int))]):
-        with pytest.raises(BackendError, match=r"do not represent the catalogue: \d+\.\d% of the values"):
+        with pytest.raises(BackendError, match=r"of which 1 differ"):
             quantise_program(program, few)
     with pytest.raises(BackendError, match="quantisation for x86 failed"):
         quantise_program(program, [tuple(x[:, :3] if x.ndim == 2 else x for x in histories()[0])])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOISY', 'CLIPPED', 'KINDS', 'hushed', 'catalogue_size', 'history_length', 'Watch', 'entering', 'clipped_share',
-           'module_path', 'linear_layers', 'wanted', 'make_quantiser', 'leave_alone', 'trace_again',
-           'check_calibration', 'quantise_program', 'quantise_weights', 'library_calls']
+           'module_path', 'linear_layers', 'wanted', 'make_quantiser', 'leave_alone', 'trace_again', 'check_halves',
+           'quantise_program', 'quantise_weights', 'library_calls']
 
 # %% ../../nbs/optimization/20_pt2e.ipynb #b0bdc2e1
 import copy, logging, os, sys, tempfile
@@ -22,6 +22,7 @@ from torch.export import Dim
 from ..errors import BackendError
 from .backends import failures, quiet, reason
 from .export import MAX_BATCH, MAX_EXCLUDE, example_inputs
+from .variants import check_calibration
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -69,7 +70,7 @@ def history_length(
     return int(next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[1])
 
 # %% ../../nbs/optimization/20_pt2e.ipynb #bb611ad6
-CLIPPED = 0.02  # share of the values entering a layer that may lie outside of the calibrated range
+CLIPPED = 0.01  # share of the values entering a layer that may lie outside of the calibrated range
 
 class Watch(fx.Interpreter):
     "Runs a graph and keeps what entered each linear layer."
@@ -150,14 +151,15 @@ def trace_again(module: fx.GraphModule, length: int, n_items: int) -> "ExportedP
         return torch.export.export(module, example_inputs(length, n_items),
                                    dynamic_shapes=({0: batch}, {0: batch}, {0: batch, 1: excluded}))
 
-def check_calibration(program: "ExportedProgram", batches: Sequence[Sequence[Tensor]]) -> None:
+def check_halves(program: "ExportedProgram", batches: Sequence[Sequence[Tensor]]) -> None:
     "Refuse histories that do not cover what the layers will see."
-    if not batches: raise BackendError("there are no histories to calibrate with: give some, or ask for dynamic int8")
-    drawn = example_inputs(history_length(program), catalogue_size(program), 64, seed=1)
-    share = clipped_share(program.module(), batches, drawn)
+    if len(batches) < 2: raise BackendError("one batch of histories cannot be checked against another: give two or more")
+    half = len(batches)//2
+    held_out = max(batches[half:], key=lambda batch: len(batch[0]))
+    share = clipped_share(program.module(), batches[:half], held_out)
     if share > CLIPPED:
-        raise BackendError(f"the calibration histories do not represent the catalogue: {share:.1%} of the values "
-                           f"entering a layer would be clipped, {CLIPPED:.0%} may be; give more, and different ones")
+        raise BackendError(f"the calibration histories do not represent each other: {share:.1%} of the values entering "
+                           f"a layer of the second half would be clipped by the first, {CLIPPED:.0%} may be; give more")
 
 def quantise_program(
     program: "ExportedProgram",                     # of `export_program`
@@ -168,9 +170,10 @@ def quantise_program(
 ) -> "ExportedProgram":                             # of the same inputs and outputs
     "Quantise the linear layers of a program to int8; raises BackendError for histories that cannot calibrate it."
     length, n_items = history_length(program), catalogue_size(program)
+    if not dynamic: check_calibration("int8", batches)
     with failures(f"quantisation for {kind}"), hushed():
         tensors = [tuple(torch.from_numpy(np.ascontiguousarray(x)) for x in batch) for batch in batches]
-        if not dynamic: check_calibration(program, tensors)
+        if not dynamic: check_halves(program, tensors)
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         prepared = prepare_pt2e(program.module(), leave_alone(make_quantiser(kind, dynamic), skip))
         with torch.no_grad():

@@ -161,9 +161,9 @@ class BFloat16(Quantisation):
 # %% ../../nbs/optimization/11_quantise.ipynb #a07ef510
 for quantisation in (
     Quantisation(name="int8_dynamic", form=ScanTopK, only=("onnxruntime",), files=(("onnxruntime", onnx_dynamic),)),
-    Quantisation(name="int8_static", form=ScanTopK, only=("onnxruntime", "openvino", "inductor", "executorch"),
+    Quantisation(name="int8_static", form=ScanTopK, only=("onnxruntime", "openvino", "executorch"),
                  files=(("onnxruntime", onnx_static), ("openvino", openvino_static)), calibrated=True,
-                 kinds=(("inductor", "x86"), ("executorch", "xnnpack"))),
+                 kinds=(("executorch", "xnnpack"),)),
     Quantisation(name="int8_weights", form=ScanTopK, only=("onnxruntime", "openvino"),
                  files=(("onnxruntime", onnx_weights(8)), ("openvino", openvino_weights(8)))),
     Quantisation(name="int4_weights", form=ScanTopK, only=("onnxruntime", "openvino"),
