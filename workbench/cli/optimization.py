@@ -46,8 +46,8 @@ def subject(name: str) -> Subject:  # name: a run's id, "latest", or a folder wi
     from workbench.models.ranker import load_model
     model, histories = load_model(name), prepared(None, None, settings())
     if model.n_items != histories.n_items:
-        raise UsageError(f"{name} ranks {model.n_items:,} items and {histories.name} has {histories.n_items:,}: prepare "
-                         "the log that it was trained on")
+        raise UsageError(f"{name} ranks {model.n_items:,} items and {histories.name} has {histories.n_items:,}: "
+                         "prepare the log that it was trained on")
     return Subject(Path(name).resolve().name, model, histories, home/Path(name).resolve().name)
 
 # %% ../../nbs/cli/06_optimization.ipynb #495bb471
@@ -61,8 +61,8 @@ def opponent(against: str, histories: "Histories") -> "Rival":  # against: "cham
 # %% ../../nbs/cli/06_optimization.ipynb #d4d0e24e
 FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "ndcg", "ndcg_share", "load", "first")
 
-def keep(store: "Store", subject: Subject, table: "VariantTable", decision: "Decision") -> str:  # MLflow's id of the run
-    "Record a bench in the tracking store."
+def keep(store: "Store", subject: Subject, table: "VariantTable", decision: "Decision") -> str:
+    "Record a bench in the tracking store, and return MLflow's id of the run."
     from workbench.tracking.runs import start_run
     tags = {"data": table.facts["data"], "model": table.facts["model"], "machine": table.facts["key"],
             "processor": table.facts["processor"], "variant": decision.variant}
@@ -104,6 +104,7 @@ class Bench:
     def parts(self) -> list[Any]:
         return [self.table, self.costs(), str(self.decision), f"kept as MLflow run {self.run}"]
 
+# %% ../../nbs/cli/06_optimization.ipynb #bbfcdd76
 def listed(text: str) -> list[str]:
     "Split a list with commas."
     return [each.strip() for each in text.split(",") if each.strip()]
@@ -139,11 +140,12 @@ def read_roofline(path: Path) -> "Roofline":
     from workbench.training.roofline import Roofline
     try:
         found = read_json(path)
-        return Roofline(str(found["device"]), int(found["threads"]), {str(k): float(v) for k, v in found["peak"].items()},
-                        {int(k): float(v) for k, v in found["bandwidth"].items()}, float(found["dispatch"]))
+        peak = {str(name): float(figure) for name, figure in found["peak"].items()}
+        bandwidth = {int(size): float(figure) for size, figure in found["bandwidth"].items()}
+        return Roofline(str(found["device"]), int(found["threads"]), peak, bandwidth, float(found["dispatch"]))
     except (WorkbenchError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} does not describe a device ({error}): write device, threads, peak {{precision: GFLOP/s}}, "
-                         "bandwidth {bytes: GB/s} and dispatch (µs)") from None
+        raise UsageError(f"{path} does not describe a device ({error}): write device, threads, "
+                         "peak {precision: GFLOP/s}, bandwidth {bytes: GB/s} and dispatch (µs)") from None
 
 def advise_model(
     name: str = "latest",             # a run's id, or a folder with a saved model; not looked at with a recipe

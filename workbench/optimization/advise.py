@@ -215,7 +215,8 @@ def roofline_of(target: str, given: Roofline | None) -> Roofline:
     "Return the figures of a target, or raise BackendError saying how to get them."
     if target not in ("cpu", "edge", "gpu"): raise BackendError(f"there is no target {target!r}: use cpu, edge or gpu")
     if given:
-        return replace(given, peak=dict.fromkeys(("bfloat16", "int8"), given.peak["float32"]) | given.peak)   # no faster
+        no_faster = dict.fromkeys(("bfloat16", "int8"), given.peak["float32"])
+        return replace(given, peak=no_faster | given.peak)
     if target == "cpu": return inference_roofline()
     if target == "gpu" and torch.cuda.is_available(): return inference_roofline("cuda")
     lack = "there is no GPU here" if target == "gpu" else "an edge device cannot be measured from here"

@@ -47,7 +47,8 @@ def plan(
 ) -> list[tuple[str, str]]:                     # (backend, compression)
     "List the pairs that make sense, in the order they are compiled: what compiles fast and may win comes first."
     known, names = known_compressions(), list(of_targets(["cpu"]) if names is None else names)
-    pairs = [(backends[name].name, known[each].name) for each in (known if coarser is None else coarser) for name in names]
+    coarser = list(known if coarser is None else coarser)
+    pairs = [(backends[name].name, known[each].name) for each in coarser for name in names]
     pairs = [(backend, each) for backend, each in pairs if not known[each].only or backend in known[each].only]
     return sorted(pairs, key=lambda pair: (pair[0] == "inductor", pair[1] != "none"))
 
@@ -110,6 +111,7 @@ class Conditions:
         if candidate.status in ("reference", "rival"): return candidate.model or self.model
         return self.folder/candidate.name
 
+# %% ../../nbs/optimization/08_benchmark.ipynb #65a8d76c
 def compiled_before(candidate: Candidate, conditions: Conditions) -> Variant | None:
     "Return a candidate that an earlier bench has compiled, if it would come out the same."
     try: found = Variant.load(conditions.where(candidate))

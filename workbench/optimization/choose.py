@@ -61,7 +61,8 @@ def decide(
         best = min(passing, key=lambda row: row["p50"])
         why = f"fastest at batch 1 of {len(passing)} that keep {gate.ndcg:.1%} of the NDCG@10"
         return Decision(best["variant"], why)
-    refusals = "; ".join(f"{row['variant']}: {gate.refusal(row)}" for row in rows if row["status"] not in ("reference", "rival"))
+    tried = [row for row in rows if row["status"] not in ("reference", "rival")]
+    refusals = "; ".join(f"{row['variant']}: {gate.refusal(row)}" for row in tried)
     if not any(row["variant"] == FALLBACK and row["status"] == "ok" for row in rows):
         raise BackendError(f"no variant can be served ({refusals}): train again, or install another backend")
     return Decision(FALLBACK, f"no variant passed, so the uncompiled program ({refusals})")
@@ -69,7 +70,8 @@ def decide(
 # %% ../../nbs/optimization/07_choose.ipynb #dfd4e8dc
 ALLOWED = {"against": 1.05, "memory": 1.25, "size": 1.5}   # times the champion's
 SAID = {"against": "answers in {ratio:.2f} times the champion's time at batch 1 ({low:.2f} to {high:.2f})",
-        "memory": "takes {ratio:.2f} times the champion's memory", "size": "is {ratio:.2f} times as large as the champion's"}
+        "memory": "takes {ratio:.2f} times the champion's memory",
+        "size": "is {ratio:.2f} times as large as the champion's"}
 
 def regressions(
     rows: Sequence[Mapping[str, Any]],   # of a variant table, a rival among them
@@ -78,7 +80,8 @@ def regressions(
     "Say in what a variant is worse than the rival beside it, beyond noise; raises BackendError without a rival."
     own = next(row for row in rows if row["variant"] == variant)
     rival = next((row for row in rows if row["status"] == "rival"), None)
-    if rival is None or "p50" not in own: raise BackendError(f"{variant} was not measured beside a champion: bench again")
+    if rival is None or "p50" not in own:
+        raise BackendError(f"{variant} was not measured beside a champion: bench again")
     worse = []
     for figure, most in ALLOWED.items():
         ratio = own[figure] if figure == "against" else own[figure]/rival[figure]
@@ -98,11 +101,12 @@ def pareto_front(rows: Sequence[Mapping[str, Any]]) -> list[str]:  # names, fast
     return front
 
 # %% ../../nbs/optimization/07_choose.ipynb #9cb0bd63
-UNITS = {"p50": "µs", "p95": "µs", "p99": "µs", "cpu": "µs", "load": "s", "first answer": "s", "memory": "MB", "size": "MB"}
+UNITS = {"p50": "µs", "p95": "µs", "p99": "µs", "cpu": "µs", "load": "s", "first answer": "s", "memory": "MB",
+         "size": "MB"}
 COLUMNS = {"variant": "variant", "p50": "p50", "p95": "p95", "p99": "p99", "ratio": "of the reference",
            "against": "of the champion", "throughput": "", "cpu": "cpu", "load": "load", "first": "first answer",
-           "memory": "memory", "size": "size", "agreement": "same top 10", "ndcg": "NDCG@10", "ndcg_share": "of its NDCG",
-           "reason": "reason"}
+           "memory": "memory", "size": "size", "agreement": "same top 10", "ndcg": "NDCG@10",
+           "ndcg_share": "of its NDCG", "reason": "reason"}
 TITLE = "{processor}, {cores} cores, {threads} thread(s) a variant; batch 1, then requests a second at {batches}"
 
 TERMINAL = (                                       # the narrow form

@@ -92,7 +92,7 @@ def one_by_one(run: Callable, most: int, held: Any) -> Answer:
     return answer
 
 # %% ../../nbs/optimization/21_executorch.ipynb #44f9f768
-INSTALL = "pip install --no-deps executorch==1.5.1 torchao==0.18.0 && pip install flatbuffers ruamel.yaml tabulate"
+INSTALL = "pip install 'workbench[edge]', then pip install --no-deps executorch==1.5.1"
 
 def checked(folder: Path) -> dict[str, Any]:
     "Read the record of a .pte file and compare the file with it; raises BackendError when they do not fit."

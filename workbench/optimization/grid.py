@@ -82,6 +82,7 @@ class Grid:
     def _repr_html_(self) -> str: return self.figure()._repr_html_() + self.best()._repr_html_()
     def __rich__(self): return self.figure().__rich__()
 
+# %% ../../nbs/optimization/13_grid.ipynb #5e6de5ce
 def bench_grid(
     model: ItemEncoder,                          # gives the kind and the sizes inside
     lengths: Sequence[int] = (50, 200),          # of histories

@@ -108,7 +108,8 @@ def add_worth(worth: dict[int, Tensor], slopes: dict[str, Tensor], turned: dict[
     unit, sums = known["head_width"] if dial == "heads" else 1, {}
     for name, found in turned.items():
         for axis, parts in found if name in slopes else []:
-            along = slopes[name].movedim(axis, 0).reshape(parts*known[dial]*unit, -1).sum(1).view(parts, known[dial], unit).sum((0, 2))
+            rows = slopes[name].movedim(axis, 0).reshape(parts*known[dial]*unit, -1).sum(1)
+            along = rows.view(parts, known[dial], unit).sum((0, 2))
             block = block_of(name, dial)
             sums[block] = sums.get(block, 0) + along
     for block, total in sums.items(): worth[block] = worth.get(block, 0) + total**2

@@ -153,7 +153,7 @@ def trace_again(module: fx.GraphModule, length: int, n_items: int) -> "ExportedP
 
 def check_halves(program: "ExportedProgram", batches: Sequence[Sequence[Tensor]]) -> None:
     "Refuse histories that do not cover what the layers will see."
-    if len(batches) < 2: raise BackendError("one batch of histories cannot be checked against another: give two or more")
+    if len(batches) < 2: raise BackendError("one batch of histories cannot be checked against another: give two")
     half = len(batches)//2
     held_out = max(batches[half:], key=lambda batch: len(batch[0]))
     share = clipped_share(program.module(), batches[:half], held_out)

@@ -123,7 +123,7 @@ def check_steps(steps: Sequence[Any]) -> tuple[list[Reduction], Compression]:
     steps = [known_compressions()[step] if isinstance(step, str) else step for step in steps]
     wrong = next((step for step in steps if not isinstance(step, Reduction | Compression)), None)
     if wrong is not None:
-        raise BackendError(f"a {type(wrong).__name__} is no step: give Distil, Prune, Sparsify or a registered compression")
+        raise BackendError(f"a {type(wrong).__name__} is no step: give Distil, Prune, Sparsify or a compression")
     coarse = [step for step in steps if isinstance(step, Compression)]
     if len(coarse) > 1 or (coarse and steps[-1] is not coarse[0]):
         raise BackendError(f"{coarse[0].name} changes the program and comes once, as the last step: put it there")

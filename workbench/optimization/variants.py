@@ -33,6 +33,7 @@ def variant_name(backend: str, compression: str, steps: Sequence[str] = ()) -> s
     "Name a variant by its backend, what made its model smaller, and its compression."
     return "+".join([backend, *steps, *([compression] if compression != "none" else [])])
 
+# %% ../../nbs/optimization/05_variants.ipynb #75c2196f
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     "A compressed and compiled form of a model, in a folder of its own."
@@ -52,7 +53,6 @@ class Variant:
     lineage: list[dict[str, Any]] = field(default_factory=list)  # how its model came of another, first step first
     asked: int = 0              # items asked for; `k` is less in a smaller catalogue
     seconds: float = 0.0        # that compiling took
-
     @property
     def name(self) -> str:
         "What people call it: the backend, what made its model smaller, and the compression when there is one."
@@ -165,8 +165,8 @@ def check_calibration(
     items = np.concatenate([items[items > 0] for items, _, _ in cases])
     common = np.bincount(items).max()/len(items)
     if common > 0.5:
-        raise BackendError(f"{name} cannot calibrate with histories in which one item is {common:.0%} of all: draw them "
-                           "from all over the log")
+        raise BackendError(f"{name} cannot calibrate with histories in which one item is {common:.0%} of all: draw "
+                           "them from all over the log")
 
 # %% ../../nbs/optimization/05_variants.ipynb #114f274c
 def fingerprint(model: "Ranker") -> str:  # 16 hexadecimal digits
@@ -188,6 +188,7 @@ def compression_for(chosen: "str | Compression", backend: str, cases: "Batches")
     if found.calibrated: check_calibration(found.name, cases)
     return found
 
+# %% ../../nbs/optimization/05_variants.ipynb #c52a9666
 def compile_variant(
     model: "Ranker",            # any ranker, in evaluation mode
     folder: str | Path,         # made, or replaced whole

@@ -76,7 +76,7 @@ def rival_of(
     for row in np.linspace(0, len(part) - 1, min(most, len(part))).astype(np.int64):
         known = forward[part.items[part.starts[row]:part.ends[row]]]
         if (known > 0).any(): rows.append((known[known > 0], forward[part.targets[row]]))
-    if not rows: raise BundleError(f"the bundle {bundle.folder} knows no item of {histories.name}: give another champion")
+    if not rows: raise BundleError(f"the bundle {bundle.folder} knows no item of {histories.name}: give another")
     seen = [np.unique(known)[-variant.max_exclude:] if part.exclude_seen else known[:0] for known, _ in rows]
     recent = [known[-variant.length:] for known, _ in rows]
     return Rival(name, variant.folder, Cases(padded(recent, variant.length), np.array([len(each) for each in recent]),

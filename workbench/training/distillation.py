@@ -40,7 +40,8 @@ ROWS = 128   # positions at a time
 class ScoreDistance(torch.autograd.Function):
     "`score_distance` of two sets of vectors and two tables of items, with its gradient, a few rows at a time."
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, table: Tensor, teacher: Tensor, teacher_table: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor, table: Tensor, teacher: Tensor, teacher_table: Tensor,
+                temperature: float) -> Tensor:
         towards, moved, total = torch.zeros_like(vectors), torch.zeros_like(table), vectors.new_zeros(())
         for start in range(0, len(vectors), ROWS):
             rows = slice(start, start + ROWS)
@@ -109,7 +110,8 @@ class StudentModule(SequenceModule):
 
     def distance(self, ours: Tensor, theirs: Tensor, among: Tensor | None) -> Tensor:
         "Compare the scores of both, for all items or some."
-        def table(model: Encoder) -> Tensor: return model.item_vectors()[1:] if among is None else model.item_vectors(among)
+        def table(model: Encoder) -> Tensor:
+            return model.item_vectors()[1:] if among is None else model.item_vectors(among)
         with torch.no_grad(): wanted = table(self.teacher[0]).float()
         with torch.autocast(ours.device.type, enabled=False):
             return ScoreDistance.apply(ours.float(), table(self.model).float(), theirs.float(), wanted,
@@ -124,8 +126,8 @@ def check_teacher(teacher: Encoder, recipe: Recipe, histories: Histories) -> Non
         raise TrainingError(f"the teacher knows {teacher.n_items:,} items and the log has {histories.n_items:,}: train "
                             "the teacher on this log")
     if teacher.length < recipe.length:
-        raise TrainingError(f"the teacher looks at {teacher.length} items and the student at {recipe.length}: set length "
-                            f"to {teacher.length} or less")
+        raise TrainingError(f"the teacher looks at {teacher.length} items and the student at {recipe.length}: set "
+                            f"length to {teacher.length} or less")
 
 def distil(
     teacher: Encoder,                    # trained on the same catalogue
