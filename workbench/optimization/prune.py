@@ -143,6 +143,8 @@ def check_sizes(model: Stack, wanted: dict[str, int]) -> dict[str, int]:  # what
             raise BackendError(f"there is no dial {dial!r}: prune width, hidden, heads or blocks")
         if not 1 <= size <= known[dial]:
             raise BackendError(f"{dial} is {known[dial]} and cannot be pruned to {size}: choose 1 to {known[dial]}")
+        if dial != "blocks" and not axes(model, dial):
+            raise BackendError(f"{dial} is no size of a {type(model).__name__}: leave it out")
     return {dial: size for dial, size in wanted.items() if size < known[dial]}
 
 def prune(
@@ -159,7 +161,7 @@ def prune(
     for dial in [dial for dial in DIALS if dial in changes]:
         worth = importance(model, recipe, loss, seen, [dial])[dial]
         kept = {block: each.topk(changes[dial]).indices.sort().values for block, each in worth.items()}
-        if kept: model = take_units(model, dial, kept)
+        model = take_units(model, dial, kept)
     return model
 
 # %% ../../nbs/optimization/10_prune.ipynb #a7e7b8fa

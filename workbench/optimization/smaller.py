@@ -20,7 +20,7 @@ from ..files import read_json, write_json
 from ..models.ranker import Encoder, Ranker, load_model, models, save_model
 from .compress import Compression, known_compressions
 from .prune import (
-    MaskedModule, magnitude_masks, matrices, prune, recipe_for, sizes, two_of_four_masks)
+    MaskedModule, axes, magnitude_masks, matrices, prune, recipe_for, sizes, two_of_four_masks)
 from .variants import Variant, compile_variant, fingerprint
 from .worker import draw_cases
 from ..registry import Registry
@@ -173,7 +173,8 @@ def halved(model: Ranker) -> Distil:
 def thinned(model: Ranker) -> Prune:
     "Return the step to three quarters of the width and half of the hidden units."
     known, recipe = sizes(model), usual_recipe(model, epochs=10, learning_rate=5e-4, teacher=0.9)
-    return Prune(recipe=recipe, width=3*known["width"]//4, hidden=max(1, known["hidden"]//2))
+    hidden = max(1, known["hidden"]//2) if axes(model, "hidden") else None          # HSTU has none
+    return Prune(recipe=recipe, width=3*known["width"]//4, hidden=hidden)
 
 def sparsified(model: Ranker, **changes: Any) -> Sparsify:
     "Return the step to half of the weights at zero."
