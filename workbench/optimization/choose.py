@@ -173,15 +173,19 @@ class VariantTable:
 def plot_front(rows: Sequence[Mapping[str, Any]], gate: Gate) -> "Figure":
     "Plot each measured row, the Pareto front and the gate."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     plt.close(figure)                                                # it is shown as a value, not by the way
     measured = {row["variant"]: row for row in rows if row["status"] in ("ok", "reference", "rival")}
     front = [measured[name] for name in pareto_front(rows)]
     axes.plot([row["p50"] for row in front], [row["ndcg_share"] for row in front], color="0.8", zorder=0)
-    for i, (name, row) in enumerate(sorted(measured.items(), key=lambda each: each[1]["p50"])):
+    kinds = list(dict.fromkeys(row["backend"] for row in measured.values()))
+    for number, (name, row) in enumerate(sorted(measured.items(), key=lambda each: each[1]["p50"]), 1):
         place, passed = (row["p50"], row["ndcg_share"]), gate.refusal(row) is None
-        axes.scatter(*place, marker="s" if row["status"] != "ok" else "o", color="C0" if passed else "C7")
-        axes.annotate(name, place, xytext=(4, -12 if i % 2 else 5), textcoords="offset points", fontsize=8)
+        colour, marker = f"C{kinds.index(row['backend']) % 10}", "s" if row["status"] != "ok" else "o"
+        axes.scatter(*place, s=90, marker=marker, edgecolor=colour, facecolor=colour if passed else "white",
+                     label=f"{number}  {name}")
+        axes.annotate(str(number), place, ha="center", va="center", fontsize=6.5, color="white" if passed else colour)
+    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.axhline(gate.ndcg, linestyle="--", linewidth=0.8, color="C3")
     axes.set(xscale="log", xlabel="median at batch 1 [µs]", ylabel="NDCG@10, as a share of the parent's")
     axes.margins(0.2, 0.3)
