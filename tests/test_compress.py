@@ -180,6 +180,9 @@ def test_the_bench_trains_smaller_models_and_says_which_cannot_be(trained, tmp_p
     assert {"onnxruntime", "onnxruntime+distilled", "onnxruntime+sparse"} <= set(rows)
     assert rows["onnxruntime+distilled"]["size"] < rows["onnxruntime"]["size"]
     assert Variant.load(tmp_path / "variants" / "onnxruntime+distilled").lineage[0]["technique"] == "Distil"
+    again = bench(run.model, log, tmp_path, backends=["onnxruntime"], compressions=["none"], k=K, rounds=2, progress=False,
+                  smaller=[small, "sparse"], minutes=1)
+    assert {row["variant"]: row.get("compile") for row in again.rows} == {name: row.get("compile") for name, row in rows.items()}
     popular = Popularity(N_ITEMS).eval()
     rows = bench(popular, log, tmp_path / "p", backends=["onnxruntime"], compressions=["none"], k=K, rounds=2, progress=False,
                  smaller=["pruned"]).rows

@@ -117,7 +117,8 @@ def compiled_before(candidate: Candidate, conditions: Conditions) -> Variant | N
     try: found = Variant.load(conditions.where(candidate))
     except BackendError: return None
     wanted = fingerprint(load_model(candidate.model or conditions.model)), conditions.k, conditions.threads
-    same = (found.parent, found.asked, found.threads) == wanted and found.lineage == list(candidate.lineage)
+    steps = [[(step["name"], step["to"]) for step in lineage] for lineage in (found.lineage, candidate.lineage)]
+    same = (found.parent, found.asked, found.threads) == wanted and steps[0] == steps[1]
     return found if same and found.versions == backends[candidate.backend].versions() else None
 
 def compile_one(candidate: Candidate, conditions: Conditions) -> None:
@@ -237,15 +238,17 @@ def shrunk(
     histories: Histories,            # to train on
     folder: Path,                    # keeps the training
     pairs: list[tuple[str, str]],    # (backend, compression)
-    conditions: Conditions,          # gives the budget
+    conditions: Conditions,          # shared by all
+    minutes: float,                  # to train for, at most
 ) -> list[Candidate]:                # one for each pair; a failed one when there is no such model
     "Make a model smaller, and enter it into the bench."
     try:
         if isinstance(way, str):
             conditions.note(f"training {way}")
             step = reductions[way](model)
-            step = replace(step, recipe=replace(step.recipe, minutes=conditions.clock.left()/60))
-            way = one_step(step, model, histories, folder/"smaller"/way, progress=False)
+            step = replace(step, recipe=replace(step.recipe, minutes=minutes))
+            own = folder/"smaller"/f"{way} {fingerprint(model)} {minutes:g}"       # another budget is another training
+            way = one_step(step, model, histories, own, progress=False)
     except (BackendError, TrainingError) as error:
         return [Candidate(way, "none", "failed", str(error))]
     saved = way.save(conditions.model.with_name(f"smaller {len(list(conditions.model.parent.iterdir()))}"))
@@ -345,7 +348,9 @@ def bench(
                                 clock=Clock(minutes), note=note, asked=cases.save(here/"cases.npz"),
                                 shown=shown.save(here/"shown.npz"), batches=tuple(batches))
         candidates = [Candidate(*pair) for pair in pairs]
-        candidates += [each for way in smaller for each in shrunk(way, model, histories, folder, pairs, conditions)]
+        each_has = minutes/2/max(1, len(smaller))                               # the other half is for compiling
+        candidates += [each for way in smaller
+                       for each in shrunk(way, model, histories, folder, pairs, conditions, each_has)]
         try: rows = compete(candidates, cases.targets, rounds, conditions, rival)
         finally: sweep(folder/"variants")                                       # of workers that were ended
     facts = machine() | {"model": type(model).__name__, "parent": fingerprint(model), "n_items": model.n_items, "k": k,
