@@ -206,7 +206,7 @@ def test_calibration_that_covers_nothing_is_refused_with_the_figure():
         with pytest.raises(BackendError, match=r"of which 1 differ"):
             quantise_program(program, few)
     with pytest.raises(BackendError, match="quantisation for x86 failed"):
-        quantise_program(program, [tuple(x[:, :3] if x.ndim == 2 else x for x in histories()[0])])
+        quantise_program(program, [tuple(x[:, :3] if x.ndim == 2 else x for x in batch) for batch in histories()])
     with pytest.raises(BackendError, match="use x86 or xnnpack"):
         quantise_program(program, histories(), "arm")
 
