@@ -130,7 +130,7 @@ def write_folder(file: Path, folder: Path) -> None:
     from safetensors.numpy import save_file
     reader = gguf.GGUFReader(file)
     config = read_config(reader)
-    (folder/"config.json").write_text(json.dumps(config, indent=1, default=float))
+    (folder/"config.json").write_text(json.dumps(config | {"gguf_file": str(file.resolve())}, indent=1, default=float))
     save_file(read_weights(reader, config), folder/"model.safetensors", metadata={"format": "pt"})
     with transformers() as library:
         library.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
