@@ -86,7 +86,7 @@ def half_order(
 # %% ../../nbs/optimization/34_text_models.ipynb #7af39403
 def read_config(reader: Any) -> dict[str, Any]:  # of a `gguf.GGUFReader`
     "Return the shape of a Llama network as transformers describes it; raises `ModelError` for another network."
-    get = lambda name: reader.fields[name].contents()
+    def get(name: str) -> Any: return reader.fields[name].contents()
     if get("general.architecture") != "llama":
         raise ModelError(f"the GGUF file holds a network of the kind {get('general.architecture')}, and llama is the "
                          "only one that is read: convert it to a folder with transformers")
