@@ -12,7 +12,7 @@ from workbench.data.histories import pack
 from workbench.errors import BackendError, BundleError, TrainingError
 from workbench.models.baselines import Popularity
 from workbench.models.ranker import load_model, save_model
-from workbench.models.sequential import ESASRec, HSTU, SASRec
+from workbench.models.sequential import HSTU, ESASRec, SASRec
 from workbench.models.two_tower import TwoTower
 from workbench.optimization.backends import known_backends
 from workbench.optimization.benchmark import Rival, bench, of_targets, plan
@@ -84,7 +84,7 @@ def test_a_static_quantisation_is_refused_without_real_histories(trained, tmp_pa
 
 def test_lossy_variants_still_have_a_floor(trained, tmp_path):
     "int8 of everything may change scores; what has nothing to do with the model is refused all the same."
-    run, log = trained
+    run, _ = trained
     variant = compile_variant(run.model, tmp_path / "v", "onnxruntime", "int8_dynamic", k=K)
     torch.manual_seed(1)
     other = SASRec(n_items=N_ITEMS, length=LENGTH, width=32).eval()
@@ -130,7 +130,7 @@ def test_distillation_that_was_interrupted_goes_on_and_ends_the_same(trained, tm
     small = replace(QUICK, width=16, blocks=1, epochs=3, teacher=0.7, teacher_likeness=0.5)
     whole = distil(run.model, small, log, tmp_path / "a", progress=False)
     distil(run.model, replace(small, minutes=1e-9), log, tmp_path / "b", progress=False)
-    with pytest.raises(TrainingError, match="recipe.minutes was"):
+    with pytest.raises(TrainingError, match=r"recipe\.minutes was"):
         distil(run.model, small, log, tmp_path / "b", progress=False)
     again = distil(run.model, small, log, tmp_path / "a", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
@@ -191,7 +191,7 @@ def test_the_bench_trains_smaller_models_and_says_which_cannot_be(trained, tmp_p
 
 def test_a_slower_variant_is_named_with_its_figure(trained, tmp_path):
     "The champion is a variant of a network of a fifth of the width: ours is slower than that, beyond noise."
-    run, log = trained
+    _, log = trained
     torch.manual_seed(0)
     quick = compile_variant(SASRec(n_items=N_ITEMS, length=LENGTH, width=8, blocks=1).eval(), tmp_path / "quick", "onnxruntime", k=K)
     heavy = SASRec(n_items=N_ITEMS, length=LENGTH, width=256, blocks=4).eval()

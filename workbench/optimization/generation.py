@@ -148,7 +148,8 @@ def build_onnx(model: Path, folder: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", *asked], check=False, text=True,
                           capture_output=True, env={**quiet_environment(), **OFFLINE})
     if done.returncode:
-        raise BackendError(f"its builder failed ({(done.stderr.strip().splitlines() or ['it says nothing'])[-1][:200]})")
+        said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise BackendError(f"its builder failed ({said[:200]})")
 
 class OnnxEngine(Engine):
     "ONNX Runtime with the graph and the loop of onnxruntime-genai."

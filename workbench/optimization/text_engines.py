@@ -92,7 +92,8 @@ class OpenVINOEngine(Engine):
 
     def compile(self, model: Path, folder: Path, precision: str) -> None:
         found = read_json(model/"config.json").get("gguf_file", "")
-        if not Path(found).is_file(): raise BackendError("it reads models that come as a GGUF file, and this one did not")
+        if not Path(found).is_file():
+            raise BackendError("it reads models that come as a GGUF file, and this one did not")
         if precision == "gguf": (folder/"m.gguf").symlink_to(found)
         else: rewrite_gguf(Path(found), folder/"m.gguf")
         graph = read_into_openvino(folder/"m.gguf", folder)
