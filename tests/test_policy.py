@@ -125,7 +125,7 @@ PROGRAMS = {"bentoml", "ipykernel", "jupyterlab", "onnxscript"}   # started, or 
 def test_the_core_declares_what_it_imports_and_nothing_else():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[\[><=]", line)[0] for line in project["dependencies"]}
-    extras = {re.split(r"[\[><=]", line)[0] for name in ("scale", "compress", "edge", "text", "topk", "genai", "vllm")
+    extras = {re.split(r"[\[><=]", line)[0] for name in ("scale", "compress", "edge", "text", "topk", "vllm")
               for line in project["optional-dependencies"][name]} | {"executorch"}    # which goes in without its dependencies
     owners, used = packages_distributions(), set()
     for path in [*MODULES, *ROOT.glob("bentos/*/*.py")]:
