@@ -74,6 +74,7 @@ def shown(row: Mapping[str, Any], key: str) -> Any:
     "Return a figure of a row as people read it: shares in percent."
     return 100*row[key] if key in PERCENT and row.get(key) is not None else row.get(key)
 
+# %% ../../nbs/optimization/39_text_bench.ipynb #b58c3f3d
 @dataclass(frozen=True, repr=False)
 class TextTable:
     "Every engine for one text model, measured on one machine."
