@@ -22,7 +22,7 @@ BLOCK = 32      # neighbouring weights with one scale
 @dataclass(frozen=True)
 class Blocks:
     "A weight matrix in blocks: `scale·(number - middle) + offset`, with a middle of 8 or 128."
-    numbers: np.ndarray                 # uint8[n, k/32, 32 or, at four bits, 16]: two four-bit numbers a byte, low one first
+    numbers: np.ndarray                 # uint8[n, k/32, 32], or 16: two four-bit numbers a byte, the low one first
     scale: np.ndarray                   # float32[n, k/32]
     offset: np.ndarray | None           # float32[n, k/32] at four bits
     bits: int                           # 4 or 8
@@ -90,7 +90,8 @@ def shrink_product(shrinker: Shrinker, node: "NodeProto", bits: int) -> None:
     source, name = node.input
     weight, output = numpy_helper.to_array(shrinker.weights[name]).T, node.output[0]
     blocks = (four_bits if bits == 4 and not name.startswith("lm_head") else eight_bits)(np.ascontiguousarray(weight))
-    parts = [source, shrinker.constant(f"{name}/numbers", blocks.numbers), shrinker.constant(f"{name}/scale", blocks.scale)]
+    parts = [source, shrinker.constant(f"{name}/numbers", blocks.numbers),
+             shrinker.constant(f"{name}/scale", blocks.scale)]
     facts = {"N": weight.shape[0], "K": weight.shape[1], "bits": blocks.bits, "block_size": BLOCK,
              "accuracy_level": ACTIVATIONS}
     if blocks.offset is None: shrinker.add("MatMulNBits", parts, output, **facts)

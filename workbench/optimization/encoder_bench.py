@@ -55,9 +55,9 @@ def found_again(
     return row | {"ndcg": ours, "ndcg_share": ours/theirs if theirs else float(ours == theirs)}
 
 # %% ../../nbs/optimization/41_encoder_bench.ipynb #be85e97e
-ENCODER_COLUMNS = {"form": "form", "p50": "p50", "ratio": "of the reference", "throughput": "32", "cosine": "least cosine",
-                   "same": "same top 10", "ndcg": "NDCG@10", "ndcg_share": "of its NDCG", "memory": "memory",
-                   "load": "load", "size": "size", "reason": "reason"}
+ENCODER_COLUMNS = {"form": "form", "p50": "p50", "ratio": "of the reference", "throughput": "32",
+                   "cosine": "least cosine", "same": "same top 10", "ndcg": "NDCG@10", "ndcg_share": "of its NDCG",
+                   "memory": "memory", "load": "load", "size": "size", "reason": "reason"}
 ENCODER_UNITS = {"p50": "ms", "32": "sentences/s", "memory": "MB", "load": "s", "size": "MB"}
 
 def refuse_encoder(row: Mapping[str, Any], kept: float) -> str | None:  # None when it passes
@@ -67,6 +67,7 @@ def refuse_encoder(row: Mapping[str, Any], kept: float) -> str | None:  # None w
     share = row.get("ndcg_share", row["same"])
     return None if share >= kept else f"{share:.4f} of what the model finds is found, {kept:.4f} must be"
 
+# %% ../../nbs/optimization/41_encoder_bench.ipynb #d9938eb0
 @dataclass(frozen=True, repr=False)
 class EncoderTable:
     "Every form of a sentence encoder, measured on one machine."
@@ -156,6 +157,7 @@ class FormCandidate:
         self.status, self.reason = status, str(error)
         if self.worker: self.worker.close()
 
+# %% ../../nbs/optimization/41_encoder_bench.ipynb #07649b68
 def prepare_form(candidate: FormCandidate, model: Path, folder: Path, threads: int, clock: Clock) -> None:
     "Compile and load a form and let it encode everything, or note why it cannot."
     missing, place = encoder_forms[candidate.form].available(), folder/"forms"/candidate.name
@@ -213,6 +215,7 @@ def compete_forms(
                 else: candidate.rounds.append((timed["p50"], timed["throughput"]))
     return tuple(summarise_form(candidate, candidates[0]) for candidate in candidates)
 
+# %% ../../nbs/optimization/41_encoder_bench.ipynb #ac0a4008
 def bench_encoder(
     model: str | Path = "minilm-l6",            # a registered name or a folder
     forms: Iterable[str] | None = None,         # of `encoder_forms`; None for all
@@ -221,7 +224,7 @@ def bench_encoder(
     rounds: int = 6,                            # of measuring
     minutes: float = 5.,                        # budget
     documents: Sequence[str] | None = None,     # None for 1,000 captions of MusicCaps
-    queries: Sequence[str] | None = None,       # query i looks for document i; None with documents of one's own for none
+    queries: Sequence[str] | None = None,       # query i looks for document i; None: of MusicCaps, or none for others
     progress: bool = True,                      # show a bar
 ) -> EncoderTable:                              # saved in `folder`
     "Run a sentence encoder in every form, compare what each finds with the model, and measure them side by side."
@@ -233,7 +236,8 @@ def bench_encoder(
     candidates = [FormCandidate("eager", "reference"), *(FormCandidate(name) for name in asked)]
     bar, note = notes(len(candidates) + rounds, progress)
     with bar: rows = compete_forms(candidates, source, folder, threads, rounds, Clock(minutes), note)
-    table = EncoderTable(rows, folder, machine() | {"model": str(model), "threads": threads, "documents": len(documents)})
+    table = EncoderTable(rows, folder, machine() | {"model": str(model), "threads": threads,
+                                                    "documents": len(documents)})
     table.save()
     return table
 

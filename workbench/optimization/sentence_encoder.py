@@ -79,7 +79,8 @@ def over_arrays(run: Callable, threads: int) -> Vectors:
 class EagerEncoder(EncoderForm):
     "transformers, operator after operator."
     name, needs = "eager", ("torch", "transformers")
-    def compile(self, model: Path, folder: Path, threads: int = 1) -> None: "Write nothing: it runs the model's own files."
+    def compile(self, model: Path, folder: Path, threads: int = 1) -> None:
+        "Write nothing: it runs the model's own files."
     def load(self, model: Path, folder: Path, threads: int = 1) -> Vectors:
         return over_arrays(SentenceVectors(load_text_model(model, "encoder")).eval(), threads)
 
@@ -139,9 +140,9 @@ class OpenVINOEncoder(EncoderForm):
             return request.get_output_tensor(0).data.copy()
         return vectors
 
-for form in (EagerEncoder(), InductorEncoder(), OnnxEncoder("onnxruntime", False), OnnxEncoder("onnxruntime+int8", True),
-             OpenVINOEncoder("openvino"), OpenVINOEncoder("openvino+bf16", "bf16"),
-             OpenVINOEncoder("openvino+int8", eight=True)): encoder_forms.register(form.name, form)
+for form in (EagerEncoder(), InductorEncoder(), OnnxEncoder("onnxruntime", False),
+             OnnxEncoder("onnxruntime+int8", True), OpenVINOEncoder("openvino"),
+             OpenVINOEncoder("openvino+bf16", "bf16"), OpenVINOEncoder("openvino+int8", eight=True)): encoder_forms.register(form.name, form)
 
 # %% ../../nbs/optimization/40_sentence_encoder.ipynb #9683efe7
 class SentenceEncoder:

@@ -58,8 +58,8 @@ def decide_text(
     if not passing: return Decision("reference", "no engine passed: " + "; ".join(
         f"{row['engine']}: {gate.refusal(row)}" for row in rows if row["status"] != "reference"))
     best = max(passing, key=lambda row: row["decode"])
-    return Decision(best["engine"], f"fastest decode of {len(passing)} that are the model or keep its perplexity within "
-                                    f"{gate.perplexity:.1%}")
+    return Decision(best["engine"], f"fastest decode of {len(passing)} that write the model's words or keep its "
+                                    f"perplexity within {gate.perplexity:.1%}")
 
 # %% ../../nbs/optimization/39_text_bench.ipynb #8d941b73
 TEXT_COLUMNS = {"engine": "engine", "first": "first token", "prefill": "prefill", "decode": "decode",
@@ -211,8 +211,8 @@ def measure_text(candidate: TextCandidate, turn: int, long: int, conditions: Tex
 
 def summarise_text(candidate: TextCandidate, reference: TextCandidate) -> dict[str, Any]:
     "Turn what was measured into a row."
-    row = {"engine": candidate.name, "kind": candidate.kind, "precision": candidate.precision, "status": candidate.status,
-           "reason": candidate.reason}
+    row = {"engine": candidate.name, "kind": candidate.kind, "precision": candidate.precision,
+           "status": candidate.status, "reason": candidate.reason}
     if candidate.status not in ("ok", "reference"): return row
     first, prefill, decode = np.median(np.array(candidate.rounds), axis=0)
     pairs = zip(candidate.rounds, reference.rounds, strict=False)
@@ -245,6 +245,7 @@ def compete_text(
                 if candidate.status in ("ok", "reference"): measure_text(candidate, turn, long, conditions)
     return tuple(summarise_text(candidate, reference) for candidate in candidates)
 
+# %% ../../nbs/optimization/39_text_bench.ipynb #3e852a14
 def bench_text(
     model: str | Path = "smollm2-135m",     # a registered name, a GGUF file or a folder
     engines: Iterable[str] | None = None,   # names, or name+precision; None for all

@@ -9,6 +9,7 @@ __all__ = ['EXACT', 'rewrite_gguf', 'read_into_openvino', 'OpenVINOWriter', 'com
 # %% ../../nbs/optimization/37_text_engines.ipynb #c654a9b8
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ class OpenVINOEngine(Engine):
 
     def compile(self, model: Path, folder: Path, precision: str) -> None:
         found = read_json(model/"config.json").get("gguf_file", "")
-        if not Path(found).is_file(): raise BackendError("it reads models that come as a GGUF file, and this one did not")
+        if not Path(found).is_file():
+            raise BackendError("it reads models that come as a GGUF file, and this one did not")
         if precision == "gguf": (folder/"m.gguf").symlink_to(found)
         else: rewrite_gguf(Path(found), folder/"m.gguf")
         graph = read_into_openvino(folder/"m.gguf", folder)
@@ -107,8 +109,8 @@ engines.register("openvino", OpenVINOEngine())
 class VllmWriter(Writer):
     "Writes with vLLM."
     def __init__(self, model: Path):
-        import vllm
-        self.library, self.model = vllm, vllm.LLM(str(model), dtype="float32", enforce_eager=False)
+        self.library = import_module("vllm")
+        self.model = self.library.LLM(str(model), dtype="float32")
 
     def ask(self, ids: Sequence[int], **options: Any) -> Any:
         "Continue a prompt."
