@@ -223,16 +223,17 @@ def bench_encoder(
     threads: int | None = None,                 # CPU threads of a form; None for serving.threads
     rounds: int = 6,                            # of measuring
     minutes: float = 5.,                        # budget
-    documents: Sequence[str] | None = None,     # None for 1,000 captions of MusicCaps
+    documents: Sequence[str] | None = None,     # None for 500 captions of MusicCaps
     queries: Sequence[str] | None = None,       # query i looks for document i; None: of MusicCaps, or none for others
     progress: bool = True,                      # show a bar
 ) -> EncoderTable:                              # saved in `folder`
     "Run a sentence encoder in every form, compare what each finds with the model, and measure them side by side."
     threads, source = threads or settings().serving.threads, text_model_folder(model)
     folder = Path(folder or tempfile.mkdtemp())
-    if documents is None: documents, queries = captions(1000), aspects(1000)
+    if documents is None: documents, queries = captions(500), aspects(500)
     write_json(folder/"texts.json", [list(documents), *([list(queries)] if queries else [])])
     asked = [name for name in encoder_forms if name != "eager"] if forms is None else list(forms)
+    for name in asked: encoder_forms[name]
     candidates = [FormCandidate("eager", "reference"), *(FormCandidate(name) for name in asked)]
     bar, note = notes(len(candidates) + rounds, progress)
     with bar: rows = compete_forms(candidates, source, folder, threads, rounds, Clock(minutes), note)
