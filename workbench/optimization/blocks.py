@@ -22,7 +22,7 @@ BLOCK = 32      # neighbouring weights with one scale
 @dataclass(frozen=True)
 class Blocks:
     "A weight matrix in blocks: `scale·(number - middle) + offset`, with a middle of 8 or 128."
-    numbers: np.ndarray                 # uint8[n, k/32, 32], or 16 at four bits: two a byte, the low one first
+    numbers: np.ndarray                 # uint8[n, k/32, 32], or 16: two four-bit numbers a byte, the low one first
     scale: np.ndarray                   # float32[n, k/32]
     offset: np.ndarray | None           # float32[n, k/32] at four bits
     bits: int                           # 4 or 8

@@ -10,6 +10,7 @@ __all__ = ['engines', 'Written', 'Writer', 'one_by_one', 'Engine', 'TorchWriter'
 import json, subprocess, sys, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,12 @@ for engine in (TorchEngine("eager", True), TorchEngine("uncached", False)): engi
 class OnnxWriter(Writer):
     "Writes with onnxruntime-genai."
     def __init__(self, folder: Path, threads: int):
-        import onnxruntime_genai
+        library = import_module("onnxruntime_genai")
         config = read_json(folder/"genai_config.json")
         config["model"]["decoder"]["session_options"] |= {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
-        self.library, self.configuration = onnxruntime_genai, onnxruntime_genai.Config(str(folder))
+        self.library, self.configuration = library, library.Config(str(folder))
         self.configuration.overlay(json.dumps(config))
-        self.model = onnxruntime_genai.Model(self.configuration)
+        self.model = library.Model(self.configuration)
 
     def start(self, ids: Sequence[int], count: int) -> Any:
         "Read a prompt."
@@ -148,8 +149,8 @@ def build_onnx(model: Path, folder: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", *asked], check=False, text=True,
                           capture_output=True, env={**quiet_environment(), **OFFLINE})
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise BackendError(f"its builder failed ({said[:200]})")
+        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise BackendError(f"its builder failed ({last[:200]})")
 
 class OnnxEngine(Engine):
     "ONNX Runtime with the graph and the loop of onnxruntime-genai."

@@ -58,8 +58,8 @@ def decide_text(
     if not passing: return Decision("reference", "no engine passed: " + "; ".join(
         f"{row['engine']}: {gate.refusal(row)}" for row in rows if row["status"] != "reference"))
     best = max(passing, key=lambda row: row["decode"])
-    why = f"fastest decode of {len(passing)} that are the model or keep its perplexity within {gate.perplexity:.1%}"
-    return Decision(best["engine"], why)
+    return Decision(best["engine"], f"fastest decode of {len(passing)} that write the model's words or keep its "
+                                    f"perplexity within {gate.perplexity:.1%}")
 
 # %% ../../nbs/optimization/39_text_bench.ipynb #8d941b73
 TEXT_COLUMNS = {"engine": "engine", "first": "first token", "prefill": "prefill", "decode": "decode",
@@ -74,7 +74,7 @@ def shown(row: Mapping[str, Any], key: str) -> Any:
     "Return a figure of a row as people read it: shares in percent."
     return 100*row[key] if key in PERCENT and row.get(key) is not None else row.get(key)
 
-# %% ../../nbs/optimization/39_text_bench.ipynb #853248f7
+# %% ../../nbs/optimization/39_text_bench.ipynb #b58c3f3d
 @dataclass(frozen=True, repr=False)
 class TextTable:
     "Every engine for one text model, measured on one machine."
@@ -245,7 +245,7 @@ def compete_text(
                 if candidate.status in ("ok", "reference"): measure_text(candidate, turn, long, conditions)
     return tuple(summarise_text(candidate, reference) for candidate in candidates)
 
-# %% ../../nbs/optimization/39_text_bench.ipynb #29c430b3
+# %% ../../nbs/optimization/39_text_bench.ipynb #3e852a14
 def bench_text(
     model: str | Path = "smollm2-135m",     # a registered name, a GGUF file or a folder
     engines: Iterable[str] | None = None,   # names, or name+precision; None for all

@@ -9,6 +9,7 @@ __all__ = ['EXACT', 'rewrite_gguf', 'read_into_openvino', 'OpenVINOWriter', 'com
 # %% ../../nbs/optimization/37_text_engines.ipynb #c654a9b8
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ engines.register("openvino", OpenVINOEngine())
 class VllmWriter(Writer):
     "Writes with vLLM."
     def __init__(self, model: Path):
-        import vllm
-        self.library, self.model = vllm, vllm.LLM(str(model), dtype="float32", enforce_eager=False)
+        self.library = import_module("vllm")
+        self.model = self.library.LLM(str(model), dtype="float32")
 
     def ask(self, ids: Sequence[int], **options: Any) -> Any:
         "Continue a prompt."

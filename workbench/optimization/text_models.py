@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['text_models', 'PARTS', 'WHOLE', 'OFFLINE', 'TextModel', 'find_text_model', 'parameter_name', 'half_order',
            'read_config', 'read_weights', 'transformers', 'write_folder', 'text_model_folder', 'load_tokenizer',
-           'load_text_model', 'greedy', 'ask', 'log_likelihoods', 'perplexity', 'captions']
+           'load_text_model', 'greedy', 'ask', 'log_likelihoods', 'perplexity', 'read_musiccaps', 'captions', 'aspects']
 
 # %% ../../nbs/optimization/34_text_models.ipynb #e91918d9
-import csv, json, os
+import ast, csv, json, os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,14 +207,24 @@ def perplexity(
     return float(np.exp(-np.concatenate([log_likelihoods(logits(ids), ids) for ids in texts]).mean()))
 
 # %% ../../nbs/optimization/34_text_models.ipynb #c64fac53
-def captions(
-    count: int | None = None,   # of them, evenly drawn; None for all
+def read_musiccaps(
+    column: str,                # of the file
+    count: int | None = None,   # rows, evenly drawn; None for all
 ) -> list[str]:                 # as written
-    "Read descriptions of music (MusicCaps, CC BY-SA 4.0); raises `DataError` where the mirror lacks them."
-    mirror = Path(settings().data.mirror or "").expanduser()/"musiccaps"/"musiccaps-public.csv"
-    if not settings().data.mirror or not mirror.is_file():
+    "Read a column of MusicCaps (CC BY-SA 4.0); raises `DataError` where the mirror lacks it."
+    mirror = settings().data.mirror
+    path = Path(mirror or "").expanduser()/"musiccaps"/"musiccaps-public.csv"
+    if not mirror or not path.is_file():
         raise DataError("musiccaps is not in the mirror: put musiccaps-public.csv into the folder musiccaps of the one "
                         "that WORKBENCH_DATA_MIRROR names")
-    with open(mirror, encoding="utf-8", newline="") as file: texts = [row["caption"] for row in csv.DictReader(file)]
+    with open(path, encoding="utf-8", newline="") as file: texts = [row[column] for row in csv.DictReader(file)]
     rows = np.linspace(0, len(texts) - 1, min(count or len(texts), len(texts))).astype(int)
     return [texts[row] for row in rows]
+
+def captions(count: int | None = None) -> list[str]:
+    "Read descriptions of music, or so many of them."
+    return read_musiccaps("caption", count)
+
+def aspects(count: int | None = None) -> list[str]:
+    "Read what musicians would search for to find the same pieces, in the order of `captions`."
+    return [", ".join(ast.literal_eval(row)) for row in read_musiccaps("aspect_list", count)]

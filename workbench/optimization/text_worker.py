@@ -82,11 +82,12 @@ TEXT_TASKS = {"compile_text": compile_task, "load_text": load_task, "write": wri
 # %% ../../nbs/optimization/38_text_worker.ipynb #b689dc70
 class TextWorker(Worker):
     "A process that compiles or measures one engine; use it in a `with` block."
+    module = "workbench.optimization.text_worker"       # what it runs
+
     def __init__(self, threads: int = 1):  # CPU threads of its libraries
         environment = {**quiet_environment(), **OFFLINE, "OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen([sys.executable, "-m", "workbench.optimization.text_worker"],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                        env=environment)
+        self.process = subprocess.Popen([sys.executable, "-m", self.module], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
 
 # %% ../../nbs/optimization/38_text_worker.ipynb #b483833d
 if __name__ == "__main__" and "__file__" in globals():
