@@ -1832,8 +1832,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'workbench/optimization/retrieval.py'),
                                                   'workbench.optimization.retrieval.Retrieval.program': ( 'optimization/retrieval.html#retrieval.program',
                                                                                                           'workbench/optimization/retrieval.py'),
-                                                  'workbench.optimization.retrieval.compile_retrieval': ( 'optimization/retrieval.html#compile_retrieval',
-                                                                                                          'workbench/optimization/retrieval.py'),
                                                   'workbench.optimization.retrieval.drawn_queries': ( 'optimization/retrieval.html#drawn_queries',
                                                                                                       'workbench/optimization/retrieval.py'),
                                                   'workbench.optimization.retrieval.encoder_program': ( 'optimization/retrieval.html#encoder_program',
