@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTIAL', 'private_folder', 'fsync', 'write_atomic', 'write_parts', 'write_json', 'read_json', 'publish', 'is_alive',
-           'sweep', 'sha256', 'checksums', 'verify', 'hold_lock']
+           'sweep', 'sha256', 'checksums', 'folder_size', 'verify', 'hold_lock']
 
 # %% ../nbs/02_files.ipynb #7ca5c72b
 import hashlib, json, os, shutil
@@ -122,6 +122,10 @@ def checksums(folder: str | Path) -> dict[str, str]:  # relative name → sha256
     "Return the sha256 of every file below `folder`."
     folder = Path(folder)
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+def folder_size(folder: str | Path) -> int:  # bytes
+    "Add up the files below a folder; what a link leads to is not its own."
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
 
 def verify(
     folder: str | Path,                # the folder to look at

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..errors import BackendError, UsageError
-from ..files import write_parts
+from ..files import folder_size, write_parts
 from ..models.sequential import SASRec
 from .backends import Answer, failures
 from .export import TopK, example_inputs, export_program
@@ -108,7 +108,7 @@ def build(
     "Build, save and load an engine."
     building, _ = timed(lambda: backend.compile(program, folder))
     loading, answer = timed(lambda: backend.load(folder))
-    return {"build": building, "size": sum(f.stat().st_size for f in folder.iterdir())/1e6, "load": loading}, answer
+    return {"build": building, "size": folder_size(folder)/1e6, "load": loading}, answer
 
 # %% ../../nbs/optimization/24_tensorrt_page.ipynb #d1b3ad11
 def row(
