@@ -1776,8 +1776,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'workbench/optimization/pt2e.py'),
                                              'workbench.optimization.pt2e.quantise_program': ( 'optimization/pt2e.html#quantise_program',
                                                                                                'workbench/optimization/pt2e.py'),
-                                             'workbench.optimization.pt2e.quantise_weights': ( 'optimization/pt2e.html#quantise_weights',
-                                                                                               'workbench/optimization/pt2e.py'),
                                              'workbench.optimization.pt2e.trace_again': ( 'optimization/pt2e.html#trace_again',
                                                                                           'workbench/optimization/pt2e.py'),
                                              'workbench.optimization.pt2e.wanted': ( 'optimization/pt2e.html#wanted',

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CLIPPED', 'KINDS', 'hushed', 'catalogue_size', 'history_length', 'Watch', 'entering', 'clipped_share', 'module_path',
            'linear_layers', 'wanted', 'make_quantiser', 'leave_alone', 'trace_again', 'check_halves',
-           'quantise_program', 'quantise_weights', 'library_calls']
+           'quantise_program', 'library_calls']
 
 # %% ../../nbs/optimization/20_pt2e.ipynb #b0bdc2e1
-import copy, os, sys, tempfile
+import os, sys, tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +26,6 @@ from .variants import check_calibration
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-    from workbench.models.ranker import Ranker
 
 # %% ../../nbs/optimization/20_pt2e.ipynb #7f1b5e66
 @contextmanager
@@ -173,25 +172,6 @@ def quantise_program(
         with torch.no_grad():
             for batch in tensors or [example_inputs(length, n_items)]: prepared(*batch)
         return trace_again(convert_pt2e(prepared), length, n_items)
-
-# %% ../../nbs/optimization/20_pt2e.ipynb #6f6f80a4
-def quantise_weights(
-    model: "Ranker",     # any ranker
-    bits: int = 8,       # 8, or 4 with groups of 32
-) -> "Ranker":           # a copy
-    "Round the weights of the linear layers; raises BackendError when the model has none or they cannot be grouped."
-    if bits not in (4, 8): raise BackendError(f"weights of {bits} bits are not known here: use 8 or 4")
-    widths = [layer.in_features for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    if not widths: raise BackendError(f"{type(model).__name__} has no linear layers to quantise: use it uncompressed")
-    if bits == 4 and any(width % 32 for width in widths):
-        odd = min(width for width in widths if width % 32)
-        raise BackendError(f"int4 needs layers of a multiple of 32 inputs and one has {odd}: use 8 bits")
-    with failures(f"int{bits} weights"), hushed():
-        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
-        smaller = copy.deepcopy(model).eval()
-        quantize_(smaller, Int8WeightOnlyConfig() if bits == 8 else
-                  IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
-    return smaller
 
 # %% ../../nbs/optimization/20_pt2e.ipynb #d0102250
 def library_calls(
