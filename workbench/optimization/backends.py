@@ -97,7 +97,7 @@ def quiet(
         for logger in found: logger.setLevel(logging.CRITICAL)
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        for redirect in (redirect_stdout, redirect_stderr) if printed else (): stack.enter_context(redirect(io.StringIO()))
+        for hold in (redirect_stdout, redirect_stderr) if printed else (): stack.enter_context(hold(io.StringIO()))
         yield
 
 # %% ../../nbs/optimization/03_backends.ipynb #3c823c16
