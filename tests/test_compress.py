@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from workbench.data import synthetic
 from workbench.data.catalogue import Catalogue
 from workbench.data.datasets import load
-from workbench.data.histories import pack
 from workbench.errors import BackendError, BundleError, TrainingError
 from workbench.models.baselines import Popularity
 from workbench.models.ranker import load_model, save_model
@@ -32,14 +32,9 @@ QUICK = sasrec("tiny", length=LENGTH, width=32, blocks=2, heads=2, epochs=8, lea
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def walks(users=400, events=15, n_items=N_ITEMS, seed=0):
-    "Walkers on a circle, who mostly take one step."
-    draw = np.random.default_rng(seed)
-    steps = np.where(draw.random((users, events)) < 0.8, 1, draw.integers(0, n_items, (users, events)))
-    items = (draw.integers(0, n_items, (users, 1)) + steps.cumsum(1)) % n_items
-    items[0] = np.arange(events)
-    return pack("walks", np.arange(users).repeat(events), items.ravel(), np.arange(users * events), np.arange(users).astype(str),
-                np.arange(n_items).astype(str), exclude_seen=True)
+def walks(users=400, seed=0):
+    "A log whose items come once, as far as the service is concerned."
+    return replace(synthetic.walks(users, N_ITEMS, plays=15, seed=seed), exclude_seen=True)
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +170,13 @@ def test_the_bench_trains_smaller_models_and_says_which_cannot_be(trained, tmp_p
     run, log = trained
     small = compress(run.model, [Distil(recipe=replace(QUICK, width=16, blocks=1, epochs=6))], log, progress=False)
     table = bench(run.model, log, tmp_path, backends=["onnxruntime"], compressions=["none"], k=K, rounds=2, progress=False,
-                  smaller=[small, "sparse"], minutes=1)
+                  smaller=[small, "sparse"], minutes=5)
     rows = {row["variant"]: row for row in table.rows}
     assert {"onnxruntime", "onnxruntime+distilled", "onnxruntime+sparse"} <= set(rows)
     assert rows["onnxruntime+distilled"]["size"] < rows["onnxruntime"]["size"]
     assert Variant.load(tmp_path / "variants" / "onnxruntime+distilled").lineage[0]["technique"] == "Distil"
     again = bench(run.model, log, tmp_path, backends=["onnxruntime"], compressions=["none"], k=K, rounds=2, progress=False,
-                  smaller=[small, "sparse"], minutes=1)
+                  smaller=[small, "sparse"], minutes=5)
     assert {row["variant"]: row.get("compile") for row in again.rows} == {name: row.get("compile") for name, row in rows.items()}
     popular = Popularity(N_ITEMS).eval()
     rows = bench(popular, log, tmp_path / "p", backends=["onnxruntime"], compressions=["none"], k=K, rounds=2, progress=False,

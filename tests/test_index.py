@@ -20,8 +20,8 @@ from workbench.optimization.index import (
     load_index,
     recall,
 )
-from workbench.optimization.retrieval import Retrieval, compile_retrieval
-from workbench.optimization.variants import Variant
+from workbench.optimization.retrieval import Retrieval
+from workbench.optimization.variants import Variant, compile_variant
 
 N_ITEMS, WIDTH = 6_000, 32
 METHODS = {"exact": Exact(), "int8": Int8(), "usearch": Usearch(metric="ip"), "hnswlib": Hnswlib(metric="ip"),
@@ -251,6 +251,6 @@ def test_an_index_that_is_too_wrong_is_not_published(tmp_path):
     torch.nn.init.normal_(model.items.weight, std=0.5)
     narrow = Retrieval(name="narrow", method=Hnswlib(metric="ip", connectivity=2, ef_construction=8, ef=1), agreement=0.9, wanted=0.0)
     with pytest.raises(BackendError, match="of the parent's top 10 survived"):
-        compile_retrieval(model, tmp_path / "narrow", narrow)
+        compile_variant(model, tmp_path / "narrow", "onnxruntime", narrow)
     assert not (tmp_path / "narrow").exists()
-    assert compile_retrieval(model, tmp_path / "wide", "hnswlib") == Variant.load(tmp_path / "wide")
+    assert compile_variant(model, tmp_path / "wide", "onnxruntime", "hnswlib") == Variant.load(tmp_path / "wide")

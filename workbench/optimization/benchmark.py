@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TARGETS', 'BATCHES', 'SECONDS', 'of_targets', 'plan', 'Candidate', 'alive', 'Clock', 'Conditions', 'compiled_before',
            'compile_one', 'same_lists', 'gains', 'open_one', 'judge', 'measure_one', 'measure', 'ratios', 'summarise',
-           'shrunk', 'plain_lineage', 'Rival', 'folder_size', 'compare_with', 'notes', 'compete', 'bench']
+           'shrunk', 'plain_lineage', 'Rival', 'compare_with', 'notes', 'compete', 'bench']
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #8e635ed5
 import json, tempfile, time
@@ -19,7 +19,7 @@ import numpy as np
 
 from ..data.histories import Histories
 from ..errors import BackendError, TrainingError
-from ..files import sweep
+from ..files import folder_size, sweep
 from ..models.ranker import Ranker, load_model, save_model
 from .backends import backends, known_backends
 from .choose import VariantTable
@@ -270,10 +270,6 @@ class Rival(NamedTuple):
         cases = self.cases.save(conditions.asked.with_name("rival.npz"))
         return Candidate(self.name, "none", "rival", model=self.folder,
                          figures={"cases": cases, "targets": self.cases.targets, "size": folder_size(self.folder)/1e6})
-
-def folder_size(folder: Path) -> int:
-    "Add up the bytes of the files below a folder."
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 def compare_with(rows: list[dict[str, Any]], everybody: list[Candidate], rival: Candidate) -> None:
     "Add to each measured row how its latency stands to a rival's: the median over rounds, and 19 of 20 resamples."

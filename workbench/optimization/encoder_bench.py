@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError
-from ..files import read_json, write_json
+from ..files import folder_size, read_json, write_json
 from .benchmark import Clock, gains, machine, notes
 from .choose import Decision
 from .sentence_encoder import (
@@ -106,9 +106,8 @@ def compile_form(desk: Desk, model: str, folder: str, form: str, threads: int) -
     "Compile a form and return the seconds it took and the bytes it takes."
     begun = time.perf_counter()
     made = compile_encoder(model, folder, form, threads)
-    size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
-    return {"seconds": time.perf_counter() - begun,
-            "size": size if size > 2**20 else (Path(model)/"model.safetensors").stat().st_size}
+    own, weights = folder_size(made), Path(model)/"model.safetensors"
+    return {"seconds": time.perf_counter() - begun, "size": own if own > 2**20 else weights.stat().st_size}
 
 def load_form(desk: Desk, folder: str, texts: str, threads: int) -> dict[str, Any]:
     "Load a form, time that, and cut the texts into batches."

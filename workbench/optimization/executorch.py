@@ -7,7 +7,7 @@ __all__ = ['RECORD', 'INSTALL', 'one_history', 'lower', 'count_operators', 'open
            'ExecuTorch', 'delegation', 'footprint']
 
 # %% ../../nbs/optimization/21_executorch.ipynb #4e501aca
-import threading, warnings
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +44,9 @@ def lower(
     "Lower a program to XNNPACK and plan its memory."
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-        operators = count_operators(edge.exported_program().graph_module)
-        lowered = edge.to_executorch()
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    operators = count_operators(edge.exported_program().graph_module)
+    lowered = edge.to_executorch()
     plan = lowered.executorch_program.execution_plan[0]
     return lowered, {"operators": operators, "planned": int(sum(plan.non_const_buffer_sizes))}
 

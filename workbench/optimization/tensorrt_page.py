@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCHES', 'K', 'SHAPES', 'ENGINES', 'UNITS', 'INTRODUCTION', 'Shape', 'latency', 'agreement', 'in_pytorch', 'timed',
-           'build', 'row', 'called', 'installed_backend', 'rates', 'refitting', 'pages', 'main']
+           'build', 'row', 'called', 'installed_backend', 'rates', 'refitting', 'pages']
 
 # %% ../../nbs/optimization/24_tensorrt_page.ipynb #6cac30c3
 import platform, sys, tempfile, time
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..errors import BackendError, UsageError
-from ..files import write_atomic
+from ..files import folder_size, write_parts
 from ..models.sequential import SASRec
 from .backends import Answer, failures
 from .export import TopK, example_inputs, export_program
@@ -108,7 +108,7 @@ def build(
     "Build, save and load an engine."
     building, _ = timed(lambda: backend.compile(program, folder))
     loading, answer = timed(lambda: backend.load(folder))
-    return {"build": building, "size": sum(f.stat().st_size for f in folder.iterdir())/1e6, "load": loading}, answer
+    return {"build": building, "size": folder_size(folder)/1e6, "load": loading}, answer
 
 # %% ../../nbs/optimization/24_tensorrt_page.ipynb #d1b3ad11
 def row(
@@ -207,13 +207,7 @@ def pages(seconds: float = 0.5, say: Callable[[str], None] = print) -> Iterator[
     try: yield refitting(SHAPES[0], kind)._repr_markdown_() + "\n"
     except BackendError as error: yield f"{error}.\n"
 
-def main(path: str | Path) -> None:
-    "Measure, and write the page as far as it is after each part."
-    written = []
-    for part in pages(say=lambda line: print(line, flush=True)):
-        written.append(part)
-        write_atomic(path, "\n".join(written).encode())
-
 if __name__ == "__main__" and "__file__" in globals():
-    try: main(sys.argv[1] if len(sys.argv) > 1 else f"docs/benchmarks/{date.today()}-tensorrt.md")
+    path = sys.argv[1] if len(sys.argv) > 1 else f"docs/benchmarks/{date.today()}-tensorrt.md"
+    try: write_parts(path, pages(say=partial(print, flush=True)))
     except UsageError as error: sys.exit(str(error))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json
+from ..files import folder_size, read_json, write_json
 from .text_engines import compile_text, load_text
 from .text_models import OFFLINE, ask, load_tokenizer, log_likelihoods
 from .worker import TASKS, Desk, Worker, main
@@ -53,8 +53,7 @@ def compile_task(desk: Desk, model: str, folder: str, engine: str, precision: st
     "Compile a text model and return the seconds it took and the bytes it takes."
     begun = time.perf_counter()
     made = compile_text(model, folder, engine, precision)
-    own = sum(path.stat().st_size for path in made.rglob("*") if path.is_file() and not path.is_symlink())
-    weights = Path(model)/"model.safetensors"
+    own, weights = folder_size(made), Path(model)/"model.safetensors"
     return {"seconds": time.perf_counter() - begun, "size": own if own > 2**20 else weights.stat().st_size}
 
 def load_task(desk: Desk, folder: str, cases: str, threads: int) -> dict[str, Any]:

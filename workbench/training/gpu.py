@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'EVERY', 'WORK', 'INTRODUCTION', 'Stopwatch', 'step_flops', 'plain_attention', 'Variant', 'forget_memory',
-           'products_in', 'measure', 'Work', 'shaped', 'histories_for', 'rates', 'loss_memory', 'cost', 'pages', 'main']
+           'products_in', 'measure', 'Work', 'shaped', 'histories_for', 'rates', 'loss_memory', 'cost', 'pages']
 
 # %% ../../nbs/training/16_gpu.ipynb #aa7d80f9
 import gc, platform, sys, tempfile, time
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..data.histories import Histories
 from ..data.synthetic import walks
 from ..errors import UsageError
-from ..files import write_atomic
+from ..files import write_parts
 from ..tables import Table
 from .bottlenecks import headlines, operator_table, part_table
 from .fit import Training, quiet, set_up
@@ -236,12 +237,6 @@ def pages(seconds: float = 0.7, say: Callable[[str], None] = print) -> Iterator[
     yield f"## Where the time of a step goes: {work.name}\n\n{lines}\n"
     for table in (part_table(found), operator_table(found)): yield table._repr_markdown_() + "\n"
 
-def main(path: str | Path) -> None:
-    "Measure, and write the page as far as it is after each part."
-    written = []
-    for part in pages(say=lambda line: print(line, flush=True)):
-        written.append(part)
-        write_atomic(path, "\n".join(written).encode())
-
 if __name__ == "__main__" and "__file__" in globals():
-    main(sys.argv[1] if len(sys.argv) > 1 else f"docs/benchmarks/{date.today()}-gpu.md")
+    path = sys.argv[1] if len(sys.argv) > 1 else f"docs/benchmarks/{date.today()}-gpu.md"
+    write_parts(path, pages(say=partial(print, flush=True)))
