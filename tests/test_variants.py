@@ -20,6 +20,7 @@ from workbench.optimization.backends import Backend, OnnxRuntime, backends
 from workbench.optimization.benchmark import bench
 from workbench.optimization.choose import Gate, VariantTable
 from workbench.optimization.export import MAX_BATCH, TopK, example_inputs, export_program
+from workbench.optimization.quality import kept_share
 from workbench.optimization.variants import Variant, check_parity, compile_variant
 
 N_ITEMS, LENGTH, K = 150, 12, 10
@@ -214,6 +215,7 @@ def test_the_bench_measures_what_works_and_gives_reasons_for_the_rest(broken, tm
     for name in ("onnxruntime", "onnxruntime+int8_scan", "eager"):
         row = rows[name]
         assert row["status"] == "ok", row["reason"]
+        assert row["ndcg_low"] <= row["ndcg_share"] <= row["ndcg_high"]
         assert all(row[figure] > 0 for figure in ("p50", "p99", "ratio", "throughput_1", "throughput_8", "throughput_32", "cpu",
                                                   "load", "memory", "size"))
     assert rows["onnxruntime"]["agreement"] == rows["eager"]["agreement"] == rows["reference"]["agreement"] == 1.0
@@ -275,6 +277,20 @@ def test_rounds_that_were_measured_otherwise_do_not_count(killed, tmp_path, chan
         record = json.loads(file.read_text())
         file.write_text(json.dumps(record | {"figures": record["figures"][:1]}))
     assert kept(bench(sasrec(), data, folder, **ASKED, rounds=2)) == {(int(change == "incomplete"), 2)}
+
+
+def test_the_interval_of_a_share_holds_the_true_one_as_often_as_it_says():
+    draw, held = np.random.default_rng(0), []
+    places = draw.integers(1, 60, 200_000)
+    later = places + draw.integers(0, 3, len(places)) * (draw.random(len(places)) < 0.2)          # what a lossy variant does
+    gained = [np.where(each <= 10, 1 / np.log2(1 + each), 0.0) for each in (later, places)]
+    true = gained[0].mean() / gained[1].mean()
+    for _ in range(300):
+        ours, parents = (each[rows] for rows in [draw.integers(0, len(places), 900)] for each in gained)
+        found = kept_share(ours, parents)
+        assert found.low <= found.value <= found.high
+        held.append(found.low <= true <= found.high)
+    assert 0.90 < np.mean(held) < 0.99, "19 of 20 are said"
 
 
 def test_the_rewrite_of_a_large_catalogue_stays_sparse(tmp_path):

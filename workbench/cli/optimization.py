@@ -60,7 +60,8 @@ def opponent(against: str, histories: "Histories") -> "Rival":  # against: "cham
     return rival_of(Bundle.load(folder), histories, "champion" if against == "champion" else folder.name)
 
 # %% ../../nbs/cli/06_optimization.ipynb #d4d0e24e
-FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "ndcg", "ndcg_share", "load", "first")
+FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "load", "first",
+           "ndcg", "ndcg_share", "ndcg_low", "ndcg_high")
 
 def keep(store: "Store", subject: Subject, table: "VariantTable", decision: "Decision") -> str:
     "Record a bench in the tracking store, and return MLflow's id of the run."
@@ -154,9 +155,9 @@ def remembered(run: Any) -> dict[str, Any]:  # run: MLflow's
     tags, begun = run.data.tags, datetime.fromtimestamp(run.info.start_time/1000, UTC)
     def figure(name: str) -> float | None: return run.data.metrics.get(metric_key(f"{tags['variant']}.{name}"))
     return {"when": f"{begun:%Y-%m-%d %H:%M}", "data": tags["data"], "model": run.info.run_name.removeprefix("bench "),
-            "kind": tags["model"], "variant": tags["variant"], "p50": figure("p50"), "of the reference": figure("ratio"),
-            "of its NDCG": figure("ndcg_share"), "machine": tags["machine"], "processor": tags["processor"],
-            "run": run.info.run_id}
+            "kind": tags["model"], "variant": tags["variant"], "p50": figure("p50"),
+            "of the reference": figure("ratio"), "of its NDCG": figure("ndcg_share"),
+            "machine": tags["machine"], "processor": tags["processor"], "run": run.info.run_id}
 
 def kept_benches(
     data: str | None = None,    # name of a log; None for all

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'BATCHES', 'SECONDS', 'RIVAL', 'ROUNDS', 'of_targets', 'plan', 'Candidate', 'alive', 'Clock', 'Conditions',
-           'compiled_before', 'compile_one', 'same_lists', 'gains', 'open_one', 'judge', 'measure_one', 'measure',
-           'ratios', 'summarise', 'shrunk', 'plain_lineage', 'Rival', 'folder_size', 'compare_with', 'notes', 'compete',
-           'bench']
+           'compiled_before', 'compile_one', 'open_one', 'judge', 'measure_one', 'measure', 'ratios', 'summarise',
+           'shrunk', 'plain_lineage', 'Rival', 'folder_size', 'compare_with', 'notes', 'compete', 'bench']
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #8e635ed5
 import json, shutil, tempfile, time
@@ -26,6 +25,7 @@ from .backends import backends, known_backends
 from .choose import VariantTable
 from .compress import known_compressions
 from .machine import machine, machine_table
+from .quality import gains, kept_share, same_lists
 from .rounds import read_rounds, round_key, write_round
 from .smaller import Compressed, one_step, reductions
 from .variants import Variant, fingerprint, variant_name
@@ -156,29 +156,6 @@ def compile_one(candidate: Candidate, conditions: Conditions) -> None:
         candidate.figures |= {"compile": done["seconds"], "size": done["size"]/1e6}
     except BackendError as error: candidate.fail(error)
 
-# %% ../../nbs/optimization/08_benchmark.ipynb #e92ab4cb
-def same_lists(
-    ids: np.ndarray,             # int64[m, k]
-    scores: np.ndarray,          # float32[m, k]
-    parent_ids: np.ndarray,      # int64[m, k]
-    parent_scores: np.ndarray,   # float32[m, k]
-    top: int = 10,               # places that are compared
-) -> np.ndarray:                 # bool[m]
-    "Tell which lists begin like the parent's, up to ties."
-    equal = (ids == parent_ids)[:, :top].all(1)
-    ours, theirs = scores[:, :top], parent_scores[:, :top]
-    tied = np.isclose(ours, theirs, rtol=1e-5, atol=1e-6) | (ours == theirs)
-    return equal | tied.all(1)
-
-def gains(
-    ids: np.ndarray,        # int64[m, k], best first
-    targets: np.ndarray,    # int64[m], the item that followed
-    top: int = 10,          # places that count
-) -> np.ndarray:            # float64[m]; the mean is NDCG@top
-    "Return each list's discounted gain: 1 / log2(1 + place of the target), 0 when it is not among the first."
-    hits = ids[:, :top] == targets[:, None]
-    return np.where(hits.any(1), 1/np.log2(2 + hits.argmax(1)), 0.)
-
 # %% ../../nbs/optimization/08_benchmark.ipynb #61033656
 def open_one(candidate: Candidate, conditions: Conditions) -> None:
     "Start a candidate's process, load it and let it answer every case."
@@ -195,17 +172,21 @@ def open_one(candidate: Candidate, conditions: Conditions) -> None:
     except BackendError as error: candidate.fail(error)
 
 def judge(candidates: list[Candidate], reference: Candidate, targets: np.ndarray) -> None:
-    "Turn answers into agreement and NDCG@10, and refuse scores that are not numbers."
+    "Turn answers into agreement and NDCG@10 with the interval of its share, and refuse scores that are not numbers."
     with np.load(reference.figures.pop("answers")) as answers: parent = answers["ids"], answers["scores"]
-    whole = float(gains(parent[0], targets).mean())
+    parents = gains(parent[0], targets)
+    whole = float(parents.mean())
     reference.figures |= {"ndcg": whole, "ndcg_share": 1.0, "agreement": 1.0}
     for candidate in alive(candidates):
         with np.load(candidate.figures.pop("answers")) as answers: ids, scores = answers["ids"], answers["scores"]
         if np.isnan(scores).any(): candidate.fail(BackendError("its scores on real histories are not numbers"))
         own = candidate.figures.pop("targets", targets)
-        found = float(gains(ids, own).mean())
-        candidate.figures |= {"ndcg": found, "ndcg_share": found/whole if whole else float(found == whole)}
-        if own is targets: candidate.figures["agreement"] = float(same_lists(ids, scores, *parent).mean())
+        found = gains(ids, own)
+        share = found.mean()/whole if whole else float(found.mean() == whole)
+        candidate.figures |= {"ndcg": float(found.mean()), "ndcg_share": float(share)}
+        if own is not targets: continue                                             # of another model: not case by case
+        candidate.figures["agreement"] = float(same_lists(ids, scores, *parent).mean())
+        if kept := kept_share(found, parents): candidate.figures |= {"ndcg_low": kept.low, "ndcg_high": kept.high}
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #9eca162e
 ROUNDS = "rounds"      # the folder of those that have ended
@@ -383,5 +364,5 @@ def bench(
                          "cases": len(cases.targets), "batches": list(batches), "seconds": time.monotonic() - begun}
     table = VariantTable(rows, folder, facts)
     table.save()
-    shutil.rmtree(folder/ROUNDS, ignore_errors=True)                            # it has ended: the next one measures anew
+    shutil.rmtree(folder/ROUNDS, ignore_errors=True)                            # the next bench measures anew
     return table
