@@ -35,6 +35,7 @@ MISTAKES = [
     (["profile", "--dataset", "movielens-100"], {}, 2, "did you mean 'movielens-100k'?"),
     (["profile", "--seconds", "61"], {}, 2, "less than or equal to 60"),
     (["profile", "--size", "huge"], {}, 2, "there is no size 'huge'"),
+    (["bench", "--data", "movielens-100k"], {}, 2, "goes with --history"),
     (["recommend"], {}, 2, "give either --user ID or --history"),
     (["recommend", "--user", "1"], {}, 1, "nothing has been packaged"),
     (["recommend", "--user", "1", "--bundle", "nowhere"], {}, 1, "is not a bundle"),
@@ -66,3 +67,10 @@ def test_reading_commands_speak_to_people_and_to_programs(tmp_path, words):
     for_people, for_programs = workbench(*words, **home), workbench(*words, "--json", **home)
     assert for_people.returncode == for_programs.returncode == 0 and for_people.stdout.strip()
     assert isinstance(json.loads(for_programs.stdout), dict)
+
+
+def test_without_a_bench_the_history_is_one_sentence_and_makes_nothing(tmp_path):
+    home = {"WORKBENCH_PATHS_HOME": str(tmp_path / "home")}
+    assert workbench("bench", "--history", **home).stdout == "no bench has been kept yet: workbench bench\n"
+    assert json.loads(workbench("bench", "--history", "--data", "lastfm", "--json", **home).stdout) == {"data": "lastfm", "benches": []}
+    assert not (tmp_path / "home").exists()

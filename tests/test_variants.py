@@ -1,9 +1,11 @@
 """Variants: what is wrong is refused with its reason, what is right is the model, and the bench tells the two apart."""
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from workbench.optimization.backends import Backend, OnnxRuntime, backends
 from workbench.optimization.benchmark import bench
 from workbench.optimization.choose import Gate, VariantTable
 from workbench.optimization.export import MAX_BATCH, TopK, example_inputs, export_program
+from workbench.optimization.quality import kept_share
 from workbench.optimization.variants import Variant, check_parity, compile_variant
 
 N_ITEMS, LENGTH, K = 150, 12, 10
@@ -212,6 +215,7 @@ def test_the_bench_measures_what_works_and_gives_reasons_for_the_rest(broken, tm
     for name in ("onnxruntime", "onnxruntime+int8_scan", "eager"):
         row = rows[name]
         assert row["status"] == "ok", row["reason"]
+        assert row["ndcg_low"] <= row["ndcg_share"] <= row["ndcg_high"]
         assert all(row[figure] > 0 for figure in ("p50", "p99", "ratio", "throughput_1", "throughput_8", "throughput_32", "cpu",
                                                   "load", "memory", "size"))
     assert rows["onnxruntime"]["agreement"] == rows["eager"]["agreement"] == rows["reference"]["agreement"] == 1.0
@@ -222,6 +226,71 @@ def test_the_bench_measures_what_works_and_gives_reasons_for_the_rest(broken, tm
     assert read.choose(Gate(ndcg=0.0)).folder == tmp_path / "variants" / read.decide(Gate(ndcg=0.0)).variant
     assert read.choose(Gate(ndcg=1.4)).name == "eager", "nothing passes: the uncompiled program, and the reason is said"
     assert "no variant passed" in read.decide(Gate(ndcg=1.4)).reason
+
+
+ASKED = {"backends": ["eager"], "compressions": ["none"], "k": K, "threads": 1, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    "The folder of a bench that was killed when at least two rounds had ended."
+    here = tmp_path_factory.mktemp("killed")
+    save_model(sasrec(), here / "model")
+    histories().save(here / "histories")
+    code = (f"from workbench.data.histories import Histories; from workbench.models.ranker import load_model;"
+            f"from workbench.optimization.benchmark import bench;"
+            f"bench(load_model({str(here / 'model')!r}), Histories.load({str(here / 'histories')!r}), {str(here / 'bench')!r},"
+            f" **{ASKED!r}, rounds=1000)")
+    process, deadline = subprocess.Popen([sys.executable, "-c", code]), time.monotonic() + 300
+    while not (here / "bench" / "rounds" / "0001.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    return here / "bench"
+
+
+def kept(table):
+    "Rounds kept and rounds in all, of each row."
+    return {(row["kept"], row["rounds"]) for row in table.rows}
+
+
+def test_a_bench_that_was_killed_keeps_its_rounds_and_measures_the_missing_ones(killed, tmp_path):
+    rounds = sorted(Path(shutil.copytree(killed, tmp_path / "b") / "rounds").glob("0*.json"))
+    first = json.loads(rounds[0].read_text())
+    first["figures"][0]["latencies"] = [1e9] * 1_000_000            # of the reference: where it is kept, it shows
+    rounds[0].write_text(json.dumps(first))
+    table = bench(sasrec(), histories(), tmp_path / "b", **ASKED, rounds=len(rounds) + 1)
+    assert kept(table) == {(len(rounds), len(rounds) + 1)}
+    assert table.rows[0]["p50"] == 1e9 > table.rows[1]["p50"]
+    assert not (tmp_path / "b" / "rounds").exists(), "it has ended: the next one measures anew"
+
+
+@pytest.mark.parametrize("change", ["other cases", "compiled again", "incomplete"])
+def test_rounds_that_were_measured_otherwise_do_not_count(killed, tmp_path, change):
+    folder, data = shutil.copytree(killed, tmp_path / "b"), histories()
+    if change == "other cases":
+        data = histories(events=17)
+    elif change == "compiled again":
+        (folder / "variants" / "eager" / "variant.json").unlink()
+    else:
+        file = folder / "rounds" / "0001.json"
+        record = json.loads(file.read_text())
+        file.write_text(json.dumps(record | {"figures": record["figures"][:1]}))
+    assert kept(bench(sasrec(), data, folder, **ASKED, rounds=2)) == {(int(change == "incomplete"), 2)}
+
+
+def test_the_interval_of_a_share_holds_the_true_one_as_often_as_it_says():
+    draw, held = np.random.default_rng(0), []
+    places = draw.integers(1, 60, 200_000)
+    later = places + draw.integers(0, 3, len(places)) * (draw.random(len(places)) < 0.2)          # what a lossy variant does
+    gained = [np.where(each <= 10, 1 / np.log2(1 + each), 0.0) for each in (later, places)]
+    true = gained[0].mean() / gained[1].mean()
+    for _ in range(300):
+        ours, parents = (each[rows] for rows in [draw.integers(0, len(places), 900)] for each in gained)
+        found = kept_share(ours, parents)
+        assert found.low <= found.value <= found.high
+        held.append(found.low <= true <= found.high)
+    assert 0.90 < np.mean(held) < 0.99, "19 of 20 are said"
 
 
 def test_the_rewrite_of_a_large_catalogue_stays_sparse(tmp_path):

@@ -139,10 +139,16 @@ def bench(
     minutes: Annotated[float, typer.Option(min=0.1, help="Budget; what is not compiled by then is left out.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=2, max=1000, help="Rounds of measuring.")] = 12,
     output: Plot = None,
+    history: Annotated[bool, typer.Option("--history", help="Measure nothing; show the benches kept so far.")] = False,
+    log: Annotated[str | None, typer.Option("--data", help="The log, with --history; all unless given.")] = None,
     as_json: Json = False,
 ) -> None:
     "Compile a model in every way there is, measure each, and say which one would be served."
-    from workbench.cli.optimization import bench_model, listed
+    from workbench.cli.optimization import bench_model, kept_benches, listed
+    if log and not history: raise UsageError(f"--data {log} goes with --history: a model has its log")
+    if history:
+        kept = kept_benches(log)
+        return emit(kept, kept.parts(), as_json)
     found = bench_model(model, listed(targets), against, listed(smaller), listed(compressions) or None, minutes, rounds,
                         output, progress=not as_json)
     emit(found, found.parts(), as_json)
