@@ -96,7 +96,7 @@ def test_the_bench_judges_by_words_and_perplexity_and_gives_reasons(generator, t
     skip_without(engines["onnxruntime"])
     table = bench_text(generator, ["onnxruntime+float32", "vllm"], tmp_path, threads=1, tokens=5, rounds=2, texts=TEXTS,
                        progress=False)
-    rows = {row["engine"]: row for row in table.rows}
+    rows = {row["variant"]: row for row in table.rows}
     assert rows["onnxruntime+float32"]["same"] == 1
     assert abs(rows["onnxruntime+float32"]["risen"]) < 1e-4
     assert rows["vllm"]["status"] != "ok" and rows["vllm"]["reason"]

@@ -29,7 +29,7 @@ DIALS = ("width", "hidden", "heads")          # and blocks, which are taken out 
 
 def sizes(model: Stack) -> dict[str, int]:    # width, hidden, heads, head_width, blocks
     "Return the sizes of a network, those that its configuration leaves open filled in."
-    if not isinstance(model, Stack):
+    if not {*DIALS, "blocks"} <= {*getattr(model, "settings", {})}:
         raise BackendError(f"a {type(model).__name__} has no heads, hidden units or blocks to prune: prune a network")
     own = model.settings
     return {"width": own["width"], "hidden": own["hidden"] or own["expansion"]*own["width"], "heads": own["heads"],
