@@ -11,31 +11,34 @@ __all__ = ['TOP', 'ENCODER_COLUMNS', 'ENCODER_TITLE', 'ENCODER_UNITS', 'best', '
 import gc, tempfile, time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BackendError
+from ..errors import BackendError, UsageError
 from ..files import read_json, write_json
 from .benchmark import Clock, alive, gains, machine
 from .choose import Decision, Measured, of_columns
 from .sentence_encoder import (
     SentenceEncoder, compile_encoder, encoder_forms, load_encoder, tokens_of)
-from .text_bench import TextCandidate, take_turns
-from .text_models import aspects, captions, text_model_folder
+from .text_bench import TextCandidate, plot_places, take_turns
+from .text_models import aspects, captions, check_kind, text_model_folder
 from .text_worker import TextWorker
 from .worker import TASKS, Desk, main, measure_latency, measure_throughput
 from ..settings import settings
 from ..tables import Table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # %% ../../nbs/optimization/41_encoder_bench.ipynb #b2e2cbb6
 TOP = 10    # places that count
 
-def best(queries: np.ndarray, documents: np.ndarray, without_own: bool = False) -> np.ndarray:  # int64[n, 10]
+def best(queries: np.ndarray, documents: np.ndarray, without_own: bool = False) -> np.ndarray:  # int64[n, at most 10]
     "Return the nearest documents of each query, best first, by cosine; a document is not its own neighbour."
     scores = queries @ documents.T
     if without_own: np.fill_diagonal(scores, -np.inf)
-    return np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
+    return np.argsort(-scores, axis=1, kind="stable")[:, :min(TOP, len(documents) - without_own)]
 
 def found_again(
     documents: np.ndarray,              # float32[n, width], of a form
@@ -82,6 +85,14 @@ class EncoderTable(Measured):
         fastest = min(passing, key=lambda row: row["p50"])
         return Decision(fastest["variant"],
                         f"fastest at batch 1 of {len(passing)} that keep {kept:.1%} of what is found")
+
+    def plot(self, kept: float | None = None) -> "Figure":
+        "Plot the time of a sentence against what is found, with the gate."
+        kept = settings().gates.ndcg if kept is None else kept
+        measured = [row for row in self.rows if row["status"] in ("ok", "reference")]
+        return plot_places({row["variant"]: (row["p50"], row.get("ndcg_share", row["same"])) for row in measured},
+                           [row["variant"] for row in measured if refuse_encoder(row, kept) is None], kept,
+                           ("median at batch 1 [ms]", "found, as a share of what the model finds"))
 
     def choose(self, kept: float | None = None, threads: int = 1) -> SentenceEncoder:
         "Load the fastest form that passes."
@@ -167,9 +178,13 @@ def bench_encoder(
     progress: bool = True,                      # show a bar
 ) -> EncoderTable:                              # saved in `folder`
     "Run a sentence encoder in every form, compare what each finds with the model, and measure them side by side."
+    check_kind(model, "encoder")
     threads, source = threads or settings().serving.threads, text_model_folder(model)
-    folder = Path(folder or tempfile.mkdtemp())
-    if documents is None: documents, queries = captions(500), aspects(500)
+    folder, data = Path(folder or tempfile.mkdtemp()), "musiccaps" if documents is None else "texts"
+    if documents is None: documents, queries = captions(500), aspects(500) if queries is None else queries
+    if len(documents) < 2 or rounds < 1: raise UsageError("there is nothing to compare: give two documents and a round")
+    if queries is not None and len(queries) != len(documents):
+        raise UsageError(f"{len(queries)} queries do not go with {len(documents)} documents: give one for each")
     write_json(folder/"texts.json", [list(documents), *([list(queries)] if queries else [])])
     asked = [name for name in encoder_forms if name != "eager"] if forms is None else list(dict.fromkeys(forms))
     for name in asked: encoder_forms[name]
@@ -179,7 +194,7 @@ def bench_encoder(
                rounds, clock, progress)
     rows = tuple(summarise_form(candidate, candidates[0]) for candidate in candidates)
     table = EncoderTable(rows, folder, machine() | {"model": str(model), "threads": threads,
-                                                    "documents": len(documents)})
+                                                    "rounds": rounds, "documents": len(documents), "data": data})
     table.save()
     return table
 

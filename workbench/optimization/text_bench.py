@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_COLUMNS', 'TEXT_UNITS', 'TEXT_TERMINAL', 'TEXT_TITLE', 'TextGate', 'decide_text', 'in_percent', 'TextTable',
-           'plot_text', 'TextCandidate', 'plan_text', 'TextConditions', 'prepare_text', 'alike', 'measure_text',
+           'plot_places', 'TextCandidate', 'plan_text', 'TextConditions', 'prepare_text', 'alike', 'measure_text',
            'summarise_text', 'attempt', 'take_turns', 'bench_text']
 
 # %% ../../nbs/optimization/39_text_bench.ipynb #8c7d6df9
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import BackendError
+from ..errors import BackendError, UsageError
 from .benchmark import Clock, alive, machine, notes
 from .choose import Decision, Measured, of_columns
 from .generation import Writer, Written, engines
 from .text_engines import check_precision, load_text
-from .text_models import captions, text_model_folder
+from .text_models import captions, check_kind, text_model_folder
 from .text_worker import TextWorker, draw_text_cases
 from ..settings import settings
 from ..tables import Table
@@ -91,24 +91,32 @@ class TextTable(Measured):
 
     def plot(self, gate: TextGate | None = None) -> "Figure":
         "Plot the speed of decoding against perplexity, with the gate."
-        return plot_text(self.rows, gate or TextGate())
+        gate = gate or TextGate()
+        measured = [row for row in self.rows if row["status"] in ("ok", "reference")]
+        figure = plot_places({row["variant"]: (row["decode"], 100*row["risen"]) for row in measured},
+                             [row["variant"] for row in measured if gate.refusal(row) is None], 100*gate.perplexity,
+                             ("decode [tokens/s]", "perplexity above the model's [%]"))
+        figure.axes[0].set_yscale("symlog", linthresh=1)
+        return figure
 
     def __rich__(self): return self.table(TEXT_TERMINAL).__rich__()
 
 # %% ../../nbs/optimization/39_text_bench.ipynb #89294a18
-def plot_text(rows: Sequence[Mapping[str, Any]], gate: TextGate) -> "Figure":
-    "Plot each measured row and the gate."
+def plot_places(
+    places: Mapping[str, tuple[float, float]],  # variant → where it stands
+    passed: Sequence[str],                      # the variants that may be chosen; the others are grey
+    gate: float,                                # a line across
+    labels: tuple[str, str],                    # of the axes
+) -> "Figure":
+    "Plot speed against quality."
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     plt.close(figure)                                                # it is shown as a value, not by the way
-    measured = sorted((row for row in rows if row["status"] in ("ok", "reference")), key=lambda row: row["decode"])
-    for i, row in enumerate(measured):
-        place, passed = (row["decode"], 100*row["risen"]), gate.refusal(row) is None
-        axes.scatter(*place, marker="s" if row["status"] == "reference" else "o", color="C0" if passed else "C7")
-        axes.annotate(row["variant"], place, xytext=(4, -12 if i % 2 else 5), textcoords="offset points", fontsize=8)
-    axes.axhline(100*gate.perplexity, linestyle="--", linewidth=0.8, color="C3")
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set(xscale="log", xlabel="decode [tokens/s]", ylabel="perplexity above the model's [%]")
+    for i, (name, place) in enumerate(sorted(places.items(), key=lambda each: each[1])):
+        axes.scatter(*place, marker="s" if name == "reference" else "o", color="C0" if name in passed else "C7")
+        axes.annotate(name, place, xytext=(4, -12 if i % 2 else 5), textcoords="offset points", fontsize=8)
+    axes.axhline(gate, linestyle="--", linewidth=0.8, color="C3")
+    axes.set(xscale="log", xlabel=labels[0], ylabel=labels[1])
     axes.margins(0.2, 0.3)
     return figure
 
@@ -248,6 +256,8 @@ def bench_text(
     progress: bool = True,                  # show a bar
 ) -> TextTable:                             # saved in `folder`
     "Run a language model on every engine, compare each with the model in PyTorch, and measure them side by side."
+    if tokens < 2 or rounds < 1: raise UsageError("there is nothing to measure: take at least 2 tokens and 1 round")
+    check_kind(model, "generator")
     threads, source = threads or settings().serving.threads, text_model_folder(model)
     folder = Path(folder or tempfile.mkdtemp())
     candidates = [TextCandidate("reference", "eager", status="reference"), *plan_text(engines)]
@@ -258,6 +268,7 @@ def bench_text(
                lambda candidate, turn: measure_text(candidate, turn, conditions), rounds, conditions.clock, progress)
     rows = tuple(summarise_text(candidate, candidates[0]) for candidate in candidates)
     table = TextTable(rows, folder, machine() | {"model": str(model), "threads": threads, "tokens": tokens,
-                                                 "rounds": rounds, "texts": len(cases.texts)})
+                                                 "rounds": rounds, "texts": len(cases.texts),
+                                                 "data": "musiccaps" if texts is None else "texts"})
     table.save()
     return table
