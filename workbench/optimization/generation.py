@@ -41,6 +41,7 @@ class Written:
         "The speed after the first token; of one token alone it is not a number."
         return float("nan") if len(self.moments) < 2 else (len(self.moments) - 1)/(self.moments[-1] - self.moments[0])
 
+# %% ../../nbs/optimization/36_generation.ipynb #d7d71399
 class Writer:
     "A loaded model that continues a prompt greedily; what runs it is in `write` and `read`."
     context: int | None = None      # tokens that the model was made for; None when nobody said
@@ -55,19 +56,20 @@ class Writer:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:  # float32[n, V]
         "Return the logits at every token of a text; raises `BackendError` when there is none or it does not fit."
-        return self.read(self.fitting(ids, 0))
+        return self.read(self.fitting(ids))
 
-    def fitting(self, ids: Sequence[int], count: int) -> list[int]:
+    def fitting(self, ids: Sequence[int], count: int | None = None) -> list[int]:  # count: None when nothing is written
         "Return a prompt that can be read."
-        if not len(ids) or count < 0: raise BackendError("there is nothing to read or to write: give a token or more")
-        if self.context and len(ids) + count > self.context:
-            raise BackendError(f"{len(ids):,} tokens and {count:,} to write are more than the {self.context:,} that "
+        if not len(ids) or count == 0: raise BackendError("there is nothing to read or to write: give a token or more")
+        if self.context and len(ids) + (count or 0) > self.context:
+            raise BackendError(f"{len(ids):,} tokens and {count or 0:,} to write are more than the {self.context:,} that "
                                "the model was made for: shorten the text")
         return list(map(int, ids))
 
     def write(self, ids: list[int], count: int) -> Written: raise NotImplementedError
     def read(self, ids: list[int]) -> np.ndarray: raise NotImplementedError
 
+# %% ../../nbs/optimization/36_generation.ipynb #904260b0
 def one_by_one(
     step: Callable[[Sequence[int], int], np.ndarray],   # (new tokens, tokens before them) → logits[V] after the last
     ids: Sequence[int],                                 # the prompt
