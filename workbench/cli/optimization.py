@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'Subject', 'subject', 'opponent', 'keep', 'Bench', 'listed', 'bench_model', 'History', 'remembered',
-           'kept_benches', 'read_roofline', 'advise_model']
+           'kept_benches', 'TextBench', 'read_texts', 'bench_text_model', 'bench_any', 'read_roofline', 'advise_model']
 
 # %% ../../nbs/cli/06_optimization.ipynb #a611727b
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from workbench.models.ranker import Ranker
     from workbench.optimization.benchmark import Rival
     from workbench.optimization.advise import Advice
-    from workbench.optimization.choose import Decision, VariantTable
+    from workbench.optimization.choose import Decision, Measured
+    from workbench.tables import Table
     from workbench.tracking.runs import Store
     from workbench.training.roofline import Roofline
 
@@ -60,15 +61,15 @@ def opponent(against: str, histories: "Histories") -> "Rival":  # against: "cham
     return rival_of(Bundle.load(folder), histories, "champion" if against == "champion" else folder.name)
 
 # %% ../../nbs/cli/06_optimization.ipynb #d4d0e24e
-FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "load", "first",
-           "ndcg", "ndcg_share", "ndcg_low", "ndcg_high")
+FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "load", "first", "ndcg", "ndcg_share", "ndcg_low", "ndcg_high",
+           "prefill", "decode", "perplexity", "risen", "same", "cosine", "throughput")
 
-def keep(store: "Store", subject: Subject, table: "VariantTable", decision: "Decision") -> str:
+def keep(store: "Store", name: str, table: "Measured", decision: "Decision") -> str:  # name: of the model
     "Record a bench in the tracking store, and return MLflow's id of the run."
     from workbench.tracking.runs import start_run
     tags = {"data": table.facts["data"], "model": table.facts["model"], "machine": table.facts["key"],
             "processor": table.facts["processor"], "variant": decision.variant}
-    with start_run(store, f"bench {subject.name}", "bench", tags) as run:
+    with start_run(store, f"bench {name}", "bench", tags) as run:
         run.log_parameters({name: value for name, value in table.facts.items() if name != "versions"})
         run.log_metrics({f"{row['variant']}.{figure}": row[figure] for row in table.rows for figure in FIGURES
                          if row.get(figure) is not None})
@@ -80,7 +81,7 @@ def keep(store: "Store", subject: Subject, table: "VariantTable", decision: "Dec
 @dataclass(frozen=True)
 class Bench:
     "What a bench has found."
-    table: "VariantTable"
+    table: "Measured"
     decision: "Decision"
     worse: tuple[str, ...]     # in what the chosen variant is worse than the champion; a sentence each
     run: str                   # MLflow's id
@@ -103,10 +104,10 @@ def listed(text: str) -> list[str]:
 
 def bench_model(
     name: str = "latest",               # a run's id, or a folder with a saved model
-    targets: Sequence[str] = ("cpu",),  # cpu, gpu, edge
+    targets: Sequence[str] = (),        # cpu, gpu, edge; cpu when there is none
     against: str | None = None,         # "champion", or the folder of a bundle
     smaller: Sequence[str] = (),        # ways to a smaller model, which is trained
-    compressions: Sequence[str] | None = None,   # None for all
+    compressions: Sequence[str] = (),   # all when there is none
     minutes: float = 5.0,               # budget
     rounds: int = 12,                   # of measuring
     output: Path | None = None,         # gets the picture
@@ -117,13 +118,13 @@ def bench_model(
     from workbench.optimization.choose import regressions
     from workbench.tracking.runs import open_store
     check_picture(output, "--output")
-    names, found = of_targets(targets), subject(name)
+    names, found = of_targets(targets or ["cpu"]), subject(name)
     rival = opponent(against, found.histories) if against else None
-    table = bench(found.model, found.histories, found.folder, names, compressions, minutes=minutes, rounds=rounds,
-                  progress=progress, smaller=smaller, rival=rival)
+    table = bench(found.model, found.histories, found.folder, names, compressions or None, minutes=minutes,
+                  rounds=rounds, progress=progress, smaller=smaller, rival=rival)
     decision = table.decide()
     if output: draw(table, output)
-    run = keep(open_store(settings().home), found, table, decision)
+    run = keep(open_store(settings().home), found.name, table, decision)
     return Bench(table, decision, tuple(regressions(table.rows, decision.variant) if rival else ()), run)
 
 # %% ../../nbs/cli/06_optimization.ipynb #7f45e201
@@ -171,6 +172,62 @@ def kept_benches(
     found = store.client.search_runs([store.experiment("bench")], "attributes.status = 'FINISHED'",
                                      order_by=["attributes.start_time DESC"], max_results=1000)
     return History(tuple(remembered(run) for run in found if data in (None, run.data.tags["data"]))[:limit], data)
+
+# %% ../../nbs/cli/06_optimization.ipynb #8793ff5f
+class TextBench(Bench):
+    "What the bench of a text model has found."
+    def parts(self) -> list[Any]:
+        kept = self.table.folder/"table.json"
+        return [self.table, str(self.decision), f"kept in {kept} and as MLflow run {self.run}"]
+
+def read_texts(path: Path) -> list[str]:
+    "Read a file with a text a line; raises `UsageError` when there is none in it."
+    try: lines = [line.strip() for line in path.read_text(encoding="utf8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error: raise UsageError(f"--texts {path} cannot be read: {error}") from None
+    if not any(lines): raise UsageError(f"--texts {path} is empty: write a text a line")
+    return [line for line in lines if line]
+
+def bench_text_model(
+    name: str,                      # a registered name, a GGUF file, or a folder as transformers writes it
+    engines: Sequence[str] = (),    # such as onnxruntime+int4; all when there is none
+    texts: Path | None = None,      # a text a line; None for MusicCaps
+    minutes: float = 5.0,           # budget
+    rounds: int = 12,               # of measuring
+    output: Path | None = None,     # gets the picture
+    progress: bool = True,          # show a bar
+) -> TextBench:
+    "Run a text model in every way there is, measure each, and record what came out."
+    from workbench.optimization.encoder_bench import bench_encoder
+    from workbench.optimization.text_bench import bench_text
+    from workbench.optimization.text_models import text_kind
+    from workbench.tracking.runs import open_store
+    check_picture(output, "--output")
+    bench, own = {"generator": (bench_text, "texts"), "encoder": (bench_encoder, "documents")}[text_kind(name)]
+    title = Path(name).resolve().name
+    table = bench(name, engines or None, settings().home/"bench"/title, minutes=minutes, rounds=rounds,
+                  progress=progress, **({own: read_texts(texts)} if texts else {}))
+    decision = table.decide()
+    if output: draw(table, output)
+    return TextBench(table, decision, (), keep(open_store(settings().home), title, table, decision))
+
+# %% ../../nbs/cli/06_optimization.ipynb #245422d6
+def bench_any(
+    name: str,                  # of a ranker or a text model
+    ranker: Mapping[str, Any],  # options of `bench_model` alone
+    text: Mapping[str, Any],    # options of `bench_text_model` alone
+    **both: Any,                # what both take
+) -> Bench:
+    "Measure a ranker or a text model; raises `UsageError` for an option that is the other kind's."
+    from workbench.optimization.text_models import is_text_model
+    here = Path(name)
+    is_ranker = not (is_text_model(name) or here.suffix == ".gguf") or (here/"model.json").exists()
+    if is_ranker and here.is_dir() and not (here/"model.json").exists():
+        raise UsageError(f"{name} holds neither a ranker (model.json) nor a text model (config.json): name another")
+    own, others = (ranker, text) if is_ranker else (text, ranker)
+    wrong = [f"--{option}" for option, value in others.items() if value]
+    if wrong: raise UsageError(f"{' and '.join(wrong)} cannot be had for {name}, which is a "
+                               f"{'ranker' if is_ranker else 'text model'}: leave it out")
+    return (bench_model if is_ranker else bench_text_model)(name, **own, **both)
 
 # %% ../../nbs/cli/06_optimization.ipynb #99090b5b
 def read_roofline(path: Path) -> "Roofline":

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'FALLBACK', 'ALLOWED', 'SAID', 'UNITS', 'COLUMNS', 'TITLE', 'TERMINAL', 'Gate', 'Decision', 'remark',
-           'decide', 'regressions', 'pareto_front', 'readable', 'VariantTable', 'plot_front']
+           'decide', 'regressions', 'pareto_front', 'of_columns', 'readable', 'Measured', 'VariantTable', 'plot_front']
 
 # %% ../../nbs/optimization/07_choose.ipynb #39d9bec0
 from collections.abc import Mapping, Sequence
@@ -137,30 +137,63 @@ TERMINAL = (                                       # the narrow form
     "variant", "p50", "p99", "ratio", "against", "throughput", "size", "agreement", "ndcg_share", "ndcg_low",
     "reason")
 
+def of_columns(
+    rows: Sequence[Mapping[str, Any]],             # measured
+    titles: Mapping[str, str],                     # figure → heading of its column
+    title: str,                                    # of the table
+    units: Mapping[str, str],                      # heading → unit
+) -> Table:
+    "Return rows as people read them, without the columns that nobody has a value in."
+    used = {key: name for key, name in titles.items() if any(row.get(key) is not None for row in rows)}
+    return Table([{name: row.get(key) for key, name in used.items()} for row in rows], title, units)
+
 def readable(
     rows: Sequence[Mapping[str, Any]],             # of a table of variants
     facts: Mapping[str, Any],                      # what is the same for all rows
     keys: Sequence[str] = tuple(COLUMNS),          # the columns to show
 ) -> Table:
-    "Return the rows as people read them, without the columns that nobody has a value in."
+    "Return the rows of a table of variants with headings and units."
     batches = facts.get("batches", [1, 8, 32])
     counted = {f"throughput_{batch}": str(batch) for batch in (batches if keys == tuple(COLUMNS) else batches[-1:])}
     titles = {name: title for key in keys
               for name, title in (counted if key == "throughput" else {key: COLUMNS[key]}).items()}
     rows = [{**row, "reason": row.get("reason") or Gate().doubt(row)} for row in rows]
-    used = {key: title for key, title in titles.items() if any(row.get(key) is not None for row in rows)}
     title = TITLE.format(**facts | {"batches": ", ".join(map(str, batches))})
-    return Table([{name: row.get(key) for key, name in used.items()} for row in rows], title,
-                 UNITS | dict.fromkeys(counted.values(), "requests/s"))
+    return of_columns(rows, titles, title, UNITS | dict.fromkeys(counted.values(), "requests/s"))
 
-# %% ../../nbs/optimization/07_choose.ipynb #a1f2aa22
+# %% ../../nbs/optimization/07_choose.ipynb #804ed4d7
 @dataclass(frozen=True, repr=False)
-class VariantTable:
-    "Every variant of one model, measured on one machine."
+class Measured:
+    "One model in several variants, measured on one machine."
     rows: tuple[dict[str, Any], ...]    # one a variant, the reference first
-    folder: Path                        # holds variants/ and table.json
+    folder: Path                        # holds what was compiled and table.json
     facts: dict[str, Any]               # the machine, versions, the data, how it was measured
 
+    def table(self) -> Table:
+        "Return what people read."
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        "Return facts and rows as plain data."
+        return {"facts": self.facts, "rows": list(self.rows)}
+
+    def save(self, folder: str | Path | None = None) -> Path:  # table.json
+        "Write table.json beside the variants, or into another folder."
+        return write_json(Path(folder or self.folder)/"table.json", self.to_dict())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Measured":
+        "Read what `save` wrote."
+        found = read_json(Path(folder)/"table.json")
+        return cls(tuple(found["rows"]), Path(folder), found["facts"])
+
+    def __repr__(self) -> str: return f"{type(self).__name__}({', '.join(row['variant'] for row in self.rows)})"
+    def _repr_html_(self) -> str: return self.table()._repr_html_()
+    def __rich__(self): return self.table().__rich__()
+
+# %% ../../nbs/optimization/07_choose.ipynb #a1f2aa22
+class VariantTable(Measured):
+    "Every variant of one ranker, measured on one machine; they lie in `variants`."
     def table(self) -> Table:
         "Return what people read."
         return readable(self.rows, self.facts)
@@ -177,22 +210,6 @@ class VariantTable:
         "Plot latency against quality, with the Pareto front and the gate."
         return plot_front(self.rows, gate or Gate())
 
-    def to_dict(self) -> dict[str, Any]:
-        "Return facts and rows as plain data."
-        return {"facts": self.facts, "rows": list(self.rows)}
-
-    def save(self, folder: str | Path | None = None) -> Path:  # table.json
-        "Write table.json beside the variants, or into another folder."
-        return write_json(Path(folder or self.folder)/"table.json", self.to_dict())
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "VariantTable":
-        "Read what `save` wrote."
-        found = read_json(Path(folder)/"table.json")
-        return cls(tuple(found["rows"]), Path(folder), found["facts"])
-
-    def __repr__(self) -> str: return f"VariantTable({', '.join(row['variant'] for row in self.rows)})"
-    def _repr_html_(self) -> str: return self.table()._repr_html_()
     def __rich__(self): return readable(self.rows, self.facts, TERMINAL).__rich__()
 
 # %% ../../nbs/optimization/07_choose.ipynb #ddad1f66

@@ -38,19 +38,38 @@ class Written:
 
     @property
     def decode(self) -> float:  # tokens per second
-        "The speed after the first token."
-        return (len(self.moments) - 1)/(self.moments[-1] - self.moments[0])
+        "The speed after the first token; of one token alone it is not a number."
+        return float("nan") if len(self.moments) < 2 else (len(self.moments) - 1)/(self.moments[-1] - self.moments[0])
 
+# %% ../../nbs/optimization/36_generation.ipynb #d7d71399
 class Writer:
-    "A loaded model that continues a prompt greedily."
-    def generate(self, ids: Sequence[int], count: int) -> Written:
-        "Continue a prompt by so many tokens, past the end of the text where there is one."
-        raise NotImplementedError
+    "A loaded model that continues a prompt greedily; what runs it is in `write` and `read`."
+    context: int | None = None      # tokens that the model was made for; None when nobody said
+
+    def generate(
+        self,
+        ids: Sequence[int],     # the prompt
+        count: int,             # tokens to write, past the end of the text where there is one
+    ) -> Written:
+        "Continue a prompt; raises `BackendError` when there is none or it does not fit."
+        return self.write(self.fitting(ids, count), count)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:  # float32[n, V]
-        "Return the logits at every token of a text."
-        raise NotImplementedError
+        "Return the logits at every token of a text; raises `BackendError` when there is none or it does not fit."
+        return self.read(self.fitting(ids))
 
+    def fitting(self, ids: Sequence[int], count: int | None = None) -> list[int]:  # count: None when nothing is written
+        "Return a prompt that can be read."
+        if not len(ids) or count == 0: raise BackendError("there is nothing to read or to write: give a token or more")
+        if self.context and len(ids) + (count or 0) > self.context:
+            raise BackendError(f"{len(ids):,} tokens and {count or 0:,} to write are more than the {self.context:,} that "
+                               "the model was made for: shorten the text")
+        return list(map(int, ids))
+
+    def write(self, ids: list[int], count: int) -> Written: raise NotImplementedError
+    def read(self, ids: list[int]) -> np.ndarray: raise NotImplementedError
+
+# %% ../../nbs/optimization/36_generation.ipynb #904260b0
 def one_by_one(
     step: Callable[[Sequence[int], int], np.ndarray],   # (new tokens, tokens before them) → logits[V] after the last
     ids: Sequence[int],                                 # the prompt
@@ -88,7 +107,7 @@ class TorchWriter(Writer):
         import torch
         with torch.inference_mode(): return self.model(input_ids=torch.tensor([list(ids)]), **options)
 
-    def generate(self, ids: Sequence[int], count: int) -> Written:
+    def write(self, ids: list[int], count: int) -> Written:
         text, past = [], None
         def step(new: Sequence[int], before: int) -> np.ndarray:
             nonlocal past
@@ -99,7 +118,7 @@ class TorchWriter(Writer):
             return out.logits[0, -1].numpy()
         return one_by_one(step, ids, count)
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray: return self.ask(ids, use_cache=False).logits[0].numpy()
+    def read(self, ids: list[int]) -> np.ndarray: return self.ask(ids, use_cache=False).logits[0].numpy()
 
 class TorchEngine(Engine):
     "transformers as it is, with or without its cache of keys and values."
@@ -132,7 +151,7 @@ class OnnxWriter(Writer):
         generator.append_tokens(np.array(ids, np.int32))
         return generator
 
-    def generate(self, ids: Sequence[int], count: int) -> Written:
+    def write(self, ids: list[int], count: int) -> Written:
         begun, moments = time.perf_counter(), []
         generator = self.start(ids, count)
         for _ in range(count):
@@ -140,7 +159,7 @@ class OnnxWriter(Writer):
             moments.append(time.perf_counter() - begun)
         return Written(list(map(int, generator.get_sequence(0)[len(ids):])), moments)
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray: return self.start(ids, 1).get_output("logits")[0]
+    def read(self, ids: list[int]) -> np.ndarray: return self.start(ids, 1).get_output("logits")[0]
 
 # %% ../../nbs/optimization/36_generation.ipynb #f73c9638
 def build_onnx(model: Path, folder: Path) -> None:

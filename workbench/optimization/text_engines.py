@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError
-from ..files import publish, read_json, write_json
+from ..files import publish, read_json, sha256, write_json
 from .backends import failures, import_openvino
 from .generation import Engine, Writer, Written, engines, one_by_one
-from .text_models import text_model_folder
+from .text_models import check_kind, text_model_folder
 
 # %% ../../nbs/optimization/37_text_engines.ipynb #6b6b8356
 def rewrite_gguf(
@@ -66,13 +66,13 @@ class OpenVINOWriter(Writer):
         self.request.infer(inputs, share_inputs=True)
         return self.request.get_output_tensor(0).data[0]
 
-    def generate(self, ids: Sequence[int], count: int) -> Written:
+    def write(self, ids: list[int], count: int) -> Written:
         self.request.reset_state()
         return one_by_one(lambda new, before: self.step(new, before)[-1], ids, count)
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
+    def read(self, ids: list[int]) -> np.ndarray:
         self.request.reset_state()
-        return self.step(list(ids), 0).copy()
+        return self.step(ids, 0).copy()
 
 # %% ../../nbs/optimization/37_text_engines.ipynb #e115bf8c
 def compress_nncf(graph: Path, precision: str) -> None:
@@ -92,9 +92,11 @@ class OpenVINOEngine(Engine):
     precisions = ("float32", "bfloat16", "gguf", "int8", "int4")
 
     def compile(self, model: Path, folder: Path, precision: str) -> None:
-        found = read_json(model/"config.json").get("gguf_file", "")
+        config = read_json(model/"config.json")
+        found = config.get("gguf_file", "")
         if not Path(found).is_file():
             raise BackendError("it reads models that come as a GGUF file, and this one did not")
+        if sha256(found) != config.get("gguf_sha256"): raise BackendError(f"{found} has changed since it was converted")
         if precision == "gguf": (folder/"m.gguf").symlink_to(found)
         else: rewrite_gguf(Path(found), folder/"m.gguf")
         graph = read_into_openvino(folder/"m.gguf", folder)
@@ -117,7 +119,7 @@ class VllmWriter(Writer):
         wanted = self.library.SamplingParams(temperature=0, ignore_eos=True, **options)
         return self.model.generate([{"prompt_token_ids": list(ids)}], wanted, use_tqdm=False)[0]
 
-    def generate(self, ids: Sequence[int], count: int) -> Written:
+    def write(self, ids: list[int], count: int) -> Written:
         "Continue a prompt; the first moment is that of a question of its own, the others follow evenly."
         begun = time.perf_counter()
         self.ask(ids, max_tokens=1)
@@ -125,7 +127,7 @@ class VllmWriter(Writer):
         tokens = list(self.ask(ids, max_tokens=count).outputs[0].token_ids)
         return Written(tokens, list(np.linspace(first, max(time.perf_counter() - begun, first + 1e-6), count)))
 
-    def logits(self, ids: Sequence[int]) -> np.ndarray:
+    def read(self, ids: list[int]) -> np.ndarray:
         told = self.ask(ids, max_tokens=1, prompt_logprobs=1).prompt_logprobs
         rows = np.full((len(ids), self.model.llm_engine.model_config.get_vocab_size()), -np.inf, np.float32)
         for i, (token, row) in enumerate(zip(ids[1:], told[1:], strict=True)):
@@ -161,6 +163,7 @@ def compile_text(
 ) -> Path:                          # the folder
     "Compile a text model for an engine; raises `BackendError` with the reason when it cannot be."
     check_precision(engine, precision)
+    check_kind(model, "generator")
     missing, source = engines[engine].available(), text_model_folder(model, home)
     if missing: raise BackendError(missing)
     with publish(Path(folder)) as aside:
@@ -173,9 +176,11 @@ def load_text(
     folder: str | Path,     # of `compile_text`
     threads: int = 1,       # CPU threads
 ) -> Writer:
-    "Load a compiled text model."
+    "Load a compiled text model; raises `BackendError` when it is none, or when its engine cannot."
     if not (Path(folder)/"text.json").is_file():
         raise BackendError(f"{folder} is not a compiled text model: name a folder that compile_text wrote")
     facts = read_json(Path(folder)/"text.json")
     with failures(facts["engine"]):
-        return engines[facts["engine"]].load(Path(facts["model"]), Path(folder), facts["precision"], threads)
+        writer = engines[facts["engine"]].load(Path(facts["model"]), Path(folder), facts["precision"], threads)
+        writer.context = read_json(Path(facts["model"])/"config.json").get("max_position_embeddings")
+        return writer

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError
 from ..files import folder_size, read_json, write_json
 from .text_engines import compile_text, load_text
 from .text_models import OFFLINE, ask, load_tokenizer, log_likelihoods
@@ -36,17 +37,20 @@ QUESTIONS = ("Describe a slow blues for a playlist.", "Write three sentences abo
 
 def draw_text_cases(
     model: Path,                # folder with the tokenizer
-    texts: Sequence[str],       # that people wrote
+    texts: Sequence[str],       # that people wrote; those of less than two tokens are left out
     most: int = 96,             # tokens of a text at most
     long: int = 256,            # tokens of the long prompt
 ) -> TextCases:                 # two beginnings of texts and two questions, a long prompt, all texts
-    "Cut texts into what engines are asked."
+    "Cut texts into what engines are asked; raises `DataError` when no text has two tokens."
     tokenizer = load_tokenizer(model)
-    tokens = [tokenizer.encode(text)[:most] for text in texts]
+    context = read_json(model/"config.json").get("max_position_embeddings", most + long)
+    cut = (tokenizer.encode(text)[:min(most, context)] for text in texts)
+    tokens = [row for row in cut if len(row) > 1]
+    if not tokens: raise DataError("none of the texts has two tokens: give a sentence or more")
     stream = [token for row in tokens for token in row]
     stream = stream*(1 + long//len(stream))
     return TextCases([*(row[:32] for row in tokens[:2]), *(ask(tokenizer, question) for question in QUESTIONS)],
-                     stream[:long], [row for row in tokens if len(row) > 1])
+                     stream[:min(long, context - 1)], tokens)
 
 # %% ../../nbs/optimization/38_text_worker.ipynb #4188f29d
 def compile_task(desk: Desk, model: str, folder: str, engine: str, precision: str) -> dict[str, Any]:

@@ -109,8 +109,8 @@ def beginning(teacher: Encoder, recipe: Recipe, histories: Histories) -> Encoder
         student = build_model(recipe, histories.n_items)
         pairs = [(getattr(student, part, None), getattr(teacher, part, None)) for part in ("items", "positions")]
         table = teacher.item_vectors()[1:]
-        if recipe.width > table.shape[1] or any(not isinstance(each, torch.nn.Embedding) for pair in pairs for each in pair):
-            return None
+        known = all(isinstance(each, torch.nn.Embedding) for pair in pairs for each in pair)
+        if recipe.width > table.shape[1] or not known: return None
         cases = histories.validation
         rows = np.linspace(0, len(cases) - 1, min(LISTENED, len(cases))).astype(int)
         items = torch.from_numpy(cases.inputs(rows, teacher.length)[0])
