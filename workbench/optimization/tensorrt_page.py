@@ -107,7 +107,7 @@ def build(
     folder: Path,           # exists
 ) -> tuple[dict[str, float], Answer]:  # build and load, s; size, MB
     "Build, save and load an engine."
-    program = known_compressions()[compression].program(shape.model(), K, backend.name, [shape.inputs(256)])
+    program = known_compressions()[compression].program(shape.model(), K, backend.name, [shape.inputs(128)])
     building, _ = timed(lambda: backend.compile(program, folder))
     loading, answer = timed(lambda: backend.load(folder))
     return {"build": building, "size": sum(f.stat().st_size for f in folder.iterdir())/1e6, "load": loading}, answer
