@@ -63,7 +63,8 @@ class ScoredByLayer(Cast):
 # %% ../../nbs/optimization/25_fp8.ipynb #73ca05f4
 E4M3 = {"num_bits": (4, 3), "axis": None}   # exponent and mantissa; one scale for a tensor
 LAYERS = {"algorithm": "max", "quant_cfg": [{"quantizer_name": "*", "enable": False}, *(
-    {"quantizer_name": name, "parent_class": "nn.Linear", "cfg": E4M3} for name in ("*weight_quantizer", "*input_quantizer"))]}
+    {"quantizer_name": name, "parent_class": "nn.Linear", "cfg": E4M3}
+    for name in ("*weight_quantizer", "*input_quantizer"))]}
 
 def fp8_program(
     model: "Ranker",     # an encoder; left as it is

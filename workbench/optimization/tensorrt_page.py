@@ -130,7 +130,7 @@ def row(
 
 # %% ../../nbs/optimization/24_tensorrt_page.ipynb #552dd295
 ENGINES = (*((name, EngineOptions()) for name in ("none", "float16", "bfloat16", "fp8")),
-           *(("none", EngineOptions(**{name: True})) for name in ("tf32", "assume_dynamic", "cuda_graphs", "refittable")),
+           *(("none", EngineOptions(**{on: True})) for on in ("tf32", "assume_dynamic", "cuda_graphs", "refittable")),
            ("float16", EngineOptions(assume_dynamic=True, cuda_graphs=True)),
            ("none", EngineOptions(excluded=(1, 20, 1024))), ("none", EngineOptions(save_format="aot_inductor")))
 
