@@ -19,6 +19,7 @@ from tensorrt_host import on_the_host
 from workbench.errors import BackendError
 from workbench.models.sequential import HSTU, ESASRec, SASRec
 from workbench.optimization.backends import backends, installed
+from workbench.optimization.compress import known_compressions
 from workbench.optimization.export import TopK, example_inputs, export_program
 from workbench.optimization.rewrite import serving_form
 from workbench.optimization.tensorrt import (
@@ -42,9 +43,11 @@ from workbench.optimization.tensorrt_options import EngineOptions, compiler_keyw
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, ITEMS, K = 50, 3_706, 10
-SHARES = {"float32": 1.0, "float16": 0.97, "bfloat16": 0.8}    # of the parent's top 10, on random weights, whose scores lie close
+SHARES = {"none": 1.0, "float16": 0.97, "bfloat16": 0.8, "fp8": 0.85}    # of the parent's top 10, on random weights, whose scores lie close
 
 needs_library = pytest.mark.skipif(find_spec("torch_tensorrt") is None, reason="torch_tensorrt is not installed: run make tensorrt")
+needs_modelopt = pytest.mark.skipif(find_spec("modelopt") is None, reason="modelopt is not installed: run make tensorrt, or install it beside torch")
+precisions = pytest.mark.parametrize("name", ["none", "float16", "bfloat16", pytest.param("fp8", marks=needs_modelopt)])
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="holds where there is no GPU")
 
 
@@ -61,6 +64,25 @@ def model():
 @pytest.fixture(scope="module")
 def program(model):
     return export_program(model, K)
+
+
+def compressed(model, name):
+    "The program that a registered compression makes of a model, calibrated on drawn histories."
+    shown = [tuple(each.numpy() for each in example_inputs(model.length, model.n_items, 64, seed=seed)) for seed in (101, 102)]
+    return known_compressions()[name].program(model, K, "tensorrt-rtx", shown)
+
+
+@pytest.fixture(scope="module")
+def program_in(model):
+    "Gives the model's program in a precision; each is made once."
+    made = {}
+
+    def find(name):
+        if name not in made:
+            made[name] = compressed(model, name)
+        return made[name]
+
+    return find
 
 
 @pytest.fixture
@@ -125,16 +147,23 @@ def test_a_variant_is_refused_with_the_reason(name, tmp_path):
     assert not (tmp_path / "variant").exists()
 
 
-def test_precision_and_shapes_are_in_the_program_and_the_model_stays_as_it_is(model, program):
+@precisions
+def test_precision_is_the_programs_and_the_model_stays_as_it_is(model, program_in, name):
     inputs, before = example_inputs(LENGTH, ITEMS, 6), model.items.weight.detach().clone()
     exact = TopK(model, K)(*inputs)
-    for precision, least in SHARES.items():
-        traced = traced_again(program, EngineOptions(precision=precision, batch=(1, 4, 32), excluded=(1, 8, 64)))
-        ids, scores = traced.module()(*inputs)
-        assert {str(value.dtype) for value in traced.state_dict.values()} == {f"torch.{precision}"}
-        assert scores.dtype == torch.float32 and share(ids, exact[0]) >= least
+    traced = traced_again(program_in(name), EngineOptions(batch=(1, 4, 32), excluded=(1, 8, 64)))
+    ids, scores = traced.module()(*inputs)
+    wanted = {"none": "float32", "fp8": "float16"}.get(name, name)
+    assert {str(value.dtype) for value in traced.state_dict.values()} == {f"torch.{wanted}"}
+    assert scores.dtype == torch.float32 and share(ids, exact[0]) >= SHARES[name]
+    assert torch.equal(scores, exact[1]) == (name == "none")         # a shorter format did compute in it
     assert torch.equal(model.items.weight, before)
-    assert not torch.equal(scores, exact[1])                  # bfloat16 did compute in bfloat16
+
+
+def test_the_bench_of_a_gpu_has_every_precision():
+    known = known_compressions()
+    for backend in TWINS.values():
+        assert {name for name, each in known.items() if not each.only or backend in each.only} == set(SHARES)
 
 
 def test_a_retrained_model_has_the_same_structure_and_no_other_has(program):
@@ -144,7 +173,7 @@ def test_a_retrained_model_has_the_same_structure_and_no_other_has(program):
     for other in (sasrec(heads=4), sasrec(width=32), sasrec(items=ITEMS - 1), sasrec(length=LENGTH - 1)):
         assert structure(traced_again(export_program(other, K), options)) != first
     assert structure(traced_again(program, EngineOptions(batch=(1, 8, 32)))) != first
-    assert structure(traced_again(program, EngineOptions(precision="float16"))) != first
+    assert structure(traced_again(compressed(sasrec(), "float16"), options)) != first
 
 
 @pytest.fixture
@@ -238,18 +267,59 @@ def test_options_move_operators(library, program):
 
 
 @needs_library
-@pytest.mark.parametrize("precision", SHARES)
+@precisions
 @pytest.mark.parametrize("assume_dynamic", [False, True])
-def test_the_lowered_graph_answers_as_the_model(library, model, program, precision, assume_dynamic):
-    options = EngineOptions(precision=precision, assume_dynamic=assume_dynamic)
-    lowered, parent = compile_program(traced_again(program, options), options, dry=True), TopK(model, K)
+def test_the_lowered_graph_answers_as_the_model(library, model, program_in, name, assume_dynamic):
+    options = EngineOptions(assume_dynamic=assume_dynamic)
+    lowered, parent = compile_program(traced_again(program_in(name), options), options, dry=True), TopK(model, K)
     for batch, excluded in ((1, 1), (3, 40), (256, 20)):
         inputs = example_inputs(LENGTH, ITEMS, batch, excluded, seed=batch)
         with torch.inference_mode():
             (ids, scores), exact = lowered(*inputs), parent(*inputs)
-        assert share(ids, exact[0]) >= SHARES[precision]
-        if precision == "float32":
+        least = 0.7 if name == "fp8" and batch < 256 else SHARES[name]      # few histories have few places
+        assert share(ids, exact[0]) >= least
+        if name == "none":
             torch.testing.assert_close(scores, exact[1])
+
+
+@needs_library
+@needs_modelopt
+@pytest.mark.parametrize("kind", [SASRec, ESASRec, HSTU])
+def test_the_layers_and_the_scores_are_in_fp8_inside_the_engines(library, kind):
+    torch.manual_seed(0)
+    other = kind(n_items=500, length=20, width=32, blocks=2, heads=2).eval()
+    program = compressed(other, "fp8")
+    table = dry_run(program)
+    where = {row["where"] for row in table.rows if row["operator"] == "torch.ops.tensorrt.quantize_op.default"}
+    assert where == {"engine 1", "engine 2"}
+    assert {row["operator"] for row in table.rows if row["where"] == "PyTorch"} == {"torch.ops.aten.gather.default"}
+    eighths = [node for node in program.graph.nodes if node.target is torch.ops.tensorrt.quantize_op.default]
+    rounded = {node.target for each in eighths for node in each.users}
+    parted = {torch.ops.aten.chunk.default} if kind is HSTU else set()      # its last block uses half of a layer's weights
+    assert rounded == {torch.ops.aten.linear.default} | parted and {each.args[2:4] for each in eighths} == {(8, 4)}
+    [scores] = [node for node in program.graph.nodes if node.target is torch.ops.aten.scatter.value]
+    assert scores.args[0].target is torch.ops.aten.linear.default and set(scores.args[0].args) <= set(eighths)
+
+
+@needs_modelopt
+def test_fp8_says_what_it_cannot_do(model, monkeypatch):
+    from workbench.optimization.variants import FEWEST
+
+    with pytest.raises(BackendError, match="fp8 has no histories to calibrate with"):
+        known_compressions()["fp8"].program(model, K, "tensorrt-rtx", ())
+    few = [tuple(each.numpy() for each in example_inputs(LENGTH, ITEMS, FEWEST - 1))]
+    with pytest.raises(BackendError, match="fp8 cannot calibrate with 31 histories"):
+        known_compressions()["fp8"].program(model, K, "tensorrt-rtx", few)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    with pytest.raises(BackendError, match=r"compute capability 8\.9 or more and this one has 8\.6: use float16"):
+        compressed(model, "fp8")
+
+
+@pytest.mark.skipif(find_spec("modelopt") is not None, reason="holds where modelopt is not installed")
+def test_fp8_without_its_quantiser_is_one_line(model):
+    with pytest.raises(BackendError, match=r"^fp8 needs nvidia-modelopt, which cannot be imported .*: install the extra tensorrt"):
+        compressed(model, "fp8")
 
 
 @needs_library
@@ -267,9 +337,9 @@ def test_the_other_models_are_lowered_too(library, kind):
 
 
 @needs_library
-def test_precision_reaches_the_lowered_graph(library, program):
-    options = EngineOptions(precision="bfloat16")
-    found = {node.meta["val"].dtype for _, node in places(compile_program(traced_again(program, options), options, dry=True))
+def test_precision_reaches_the_lowered_graph(library, program_in):
+    traced = traced_again(program_in("bfloat16"), EngineOptions())
+    found = {node.meta["val"].dtype for _, node in places(compile_program(traced, EngineOptions(), dry=True))
              if any(word in str(node.target) for word in ("linear", "matmul", "attention", "embedding"))}
     assert found == {torch.bfloat16}
 
@@ -296,26 +366,35 @@ def engines(module) -> dict[str, bytes]:
 @needs_library
 @no_gpu
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", SHARES)
-def test_engines_are_built_ahead_of_time(library, program, precision):
-    options = EngineOptions(precision=precision)
-    built = engines(compile_program(traced_again(program, options), options))
+@precisions
+def test_engines_are_built_ahead_of_time(library, program_in, name):
+    traced = traced_again(program_in(name), EngineOptions())
+    built = engines(compile_program(traced, EngineOptions()))
     assert len(built) == 2 and all(1e6 < len(engine) < 8e6 for engine in built.values())
-    whole = engines(compile_program(traced_again(program, options), EngineOptions(precision=precision, assume_dynamic=True)))
+    whole = engines(compile_program(traced, EngineOptions(assume_dynamic=True)))
     assert len(whole) == 1
+
+
+@pytest.fixture(scope="module")
+def size_of_table():
+    "Gives the bytes of the engine that holds the table which is scored with; each is built once."
+    wide, made = sasrec(width=256, items=20_000), {}
+
+    def find(name):
+        if name not in made:
+            traced = traced_again(compressed(wide, name), EngineOptions())
+            made[name] = len(engines(compile_program(traced, EngineOptions()))["_run_on_acc_2"])
+        return made[name]
+
+    return find
 
 
 @needs_library
 @no_gpu
 @pytest.mark.slow
-def test_a_smaller_precision_makes_smaller_engines(library, program):
-    wide = sasrec(width=256)
-    sizes = {}
-    for precision in ("float32", "float16"):
-        options = EngineOptions(precision=precision)
-        found = engines(compile_program(traced_again(export_program(wide, K), options), options))
-        sizes[precision] = sum(map(len, found.values()))
-    assert sizes["float16"] < 0.8*sizes["float32"]
+@pytest.mark.parametrize(("smaller", "larger"), [("float16", "none"), pytest.param("fp8", "float16", marks=needs_modelopt)])
+def test_a_smaller_precision_makes_smaller_engines(library, size_of_table, smaller, larger):
+    assert size_of_table(smaller) < 0.8*size_of_table(larger)
 
 
 @needs_library
@@ -391,7 +470,7 @@ needs_backend = pytest.mark.skipif(torch.cuda.is_available() and TensorRT().avai
 @pytest.mark.gpu
 @needs_backend
 @pytest.mark.parametrize("changes", [{}, {"assume_dynamic": True}, {"cuda_graphs": True}, {"save_format": "aot_inductor"},
-                                     {"precision": "float16"}, {"precision": "bfloat16"}, {"tf32": True}], ids=str)
+                                     {"tf32": True}], ids=str)
 def test_a_loaded_engine_answers_as_the_model(model, program, tmp_path, changes):
     engine = backend()(EngineOptions(**changes))
     engine.compile(program, tmp_path)
@@ -402,7 +481,7 @@ def test_a_loaded_engine_answers_as_the_model(model, program, tmp_path, changes)
             exact = parent(*inputs)
         for _ in range(3):                                                       # recorded, replayed
             ids, scores = answer(*(each.numpy() for each in inputs))
-        precise = not changes.get("tf32") and "precision" not in changes
+        precise = not changes.get("tf32")
         assert share(ids, exact[0]) >= (1.0 if precise else 0.8)
         if precise:
             np.testing.assert_allclose(scores, exact[1].numpy(), rtol=1e-4, atol=1e-4)
@@ -410,11 +489,24 @@ def test_a_loaded_engine_answers_as_the_model(model, program, tmp_path, changes)
 
 @pytest.mark.gpu
 @needs_backend
-def test_a_variant_passes_its_parity_check(tmp_path):
+@precisions
+def test_each_precision_is_a_variant_that_answers_nearly_as_the_model(model, tmp_path, name):
+    from workbench.optimization.fp8 import SINCE
     from workbench.optimization.variants import Variant, compile_variant
 
-    compile_variant(sasrec(), tmp_path / "variant", backend=backend().name)
-    assert Variant.load(tmp_path / "variant").backend == backend().name
+    if name == "fp8" and torch.cuda.get_device_capability() < SINCE:
+        pytest.skip("this GPU does not multiply FP8")
+    shown = [tuple(each.numpy() for each in example_inputs(LENGTH, ITEMS, 128, seed=101))]
+    compile_variant(model, tmp_path / "variant", backend().name, name, k=K, cases=shown)    # checks parity
+    answer, parent = Variant.load(tmp_path / "variant").callable(), TopK(model, K)
+    for batch, excluded in ((1, 1), (8, 20), (256, 20), (1, 1)):
+        inputs = example_inputs(LENGTH, ITEMS, batch, excluded, seed=batch)
+        ids, scores = answer(*(each.numpy() for each in inputs))
+        with torch.inference_mode():
+            exact = parent(*inputs)
+        assert scores.dtype == np.float32 and np.isfinite(scores).all() and (np.diff(scores, axis=1) <= 0).all()
+        if batch == 256:
+            assert share(ids, exact[0]) >= SHARES[name]
 
 
 @pytest.mark.gpu
@@ -447,7 +539,7 @@ def test_the_cache_gives_an_engine_back_with_new_weights(tmp_path):
 
 
 def test_options_survive_their_record():
-    options = EngineOptions(precision="bfloat16", batch=(1, 2, 3), in_torch=("torch.ops.aten.topk.default",), optimisation_level=0)
+    options = EngineOptions(batch=(1, 2, 3), in_torch=("torch.ops.aten.topk.default",), optimisation_level=0)
     assert engine_options(json.loads(json.dumps(options.to_dict()))) == options
 
 

@@ -61,8 +61,8 @@ def opponent(against: str, histories: "Histories") -> "Rival":  # against: "cham
     return rival_of(Bundle.load(folder), histories, "champion" if against == "champion" else folder.name)
 
 # %% ../../nbs/cli/06_optimization.ipynb #d4d0e24e
-FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "load", "first", "ndcg", "ndcg_share", "ndcg_low", "ndcg_high",
-           "prefill", "decode", "perplexity", "risen", "same", "cosine", "throughput")
+FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "load", "first", "ndcg", "ndcg_share", "ndcg_low",
+           "ndcg_high", "prefill", "decode", "perplexity", "risen", "same", "cosine", "throughput")
 
 def keep(store: "Store", name: str, table: "Measured", decision: "Decision") -> str:  # name: of the model
     "Record a bench in the tracking store, and return MLflow's id of the run."

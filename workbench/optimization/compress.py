@@ -74,6 +74,7 @@ compressions.register("int8_scan", Int8Scan(name="int8_scan", form=ScanTopK, onl
 
 def known_compressions() -> Registry[Compression]:
     "Return the registry of compressions, after importing the modules that add to it."
+    import workbench.optimization.fp8
     import workbench.optimization.quantise
     import workbench.optimization.retrieval
     return compressions

@@ -62,8 +62,8 @@ class Writer:
         "Return a prompt that can be read."
         if not len(ids) or count == 0: raise BackendError("there is nothing to read or to write: give a token or more")
         if self.context and len(ids) + (count or 0) > self.context:
-            raise BackendError(f"{len(ids):,} tokens and {count or 0:,} to write are more than the {self.context:,} that "
-                               "the model was made for: shorten the text")
+            raise BackendError(f"{len(ids):,} tokens and {count or 0:,} to write are more than the {self.context:,} "
+                               "that the model was made for: shorten the text")
         return list(map(int, ids))
 
     def write(self, ids: list[int], count: int) -> Written: raise NotImplementedError

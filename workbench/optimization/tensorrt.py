@@ -12,7 +12,6 @@ __all__ = ['TWINS', 'Place', 'RECORD', 'FILE', 'why_not', 'import_tensorrt', 'tr
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
 from importlib import import_module
 from operator import getitem
@@ -64,23 +63,14 @@ def import_tensorrt():
 # %% ../../nbs/optimization/23_tensorrt.ipynb #83049fef
 def traced_again(
     program: "ExportedProgram",   # of `export_program`; left as it is
-    options: EngineOptions,       # precision and shapes
-) -> "ExportedProgram":           # the same answers, as float32 scores
-    "Trace a program again in a precision, for ranges of shapes, tuned for one, on the device that is there."
+    options: EngineOptions,       # for the shapes
+) -> "ExportedProgram":           # the same answers
+    "Trace a program again for ranges of shapes, tuned for one, on the device that is there."
     import torch
     from torch.export.passes import move_to_device_pass
-    class Cast(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.program = deepcopy(program.module()).to(getattr(torch, options.precision))
-
-        def forward(self, items, lengths, exclude):
-            ids, scores = self.program(items, lengths, exclude)
-            return ids, scores.float()
-
     inputs = tuned_inputs(program, options)
     with failures("tracing the program again"), quiet(), torch.no_grad():
-        found = torch.export.export(Cast(), inputs, dynamic_shapes=dynamic_shapes(options))
+        found = torch.export.export(program.module(), inputs, dynamic_shapes=dynamic_shapes(options))
         return move_to_device_pass(found, device())
 
 def device() -> str:
