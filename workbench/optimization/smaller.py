@@ -164,10 +164,11 @@ def usual_recipe(model: Ranker, **changes: Any) -> Recipe:
     return recipe_for(model, sasrec(), **changes)
 
 def halved(model: Ranker) -> Distil:
-    "Return the step to a student of half the width and one block."
+    "Return the step to half the width and one block, with the heads and the hidden units of all the model's blocks."
     known = sizes(model)
-    recipe = usual_recipe(model, width=known["width"]//2, blocks=1, hidden=0, head_width=0, heads=1, teacher=0.9,
-                          dropout=min(0.1, model.settings["dropout"]))
+    recipe = usual_recipe(model, width=known["width"]//2, blocks=1, heads=known["blocks"]*known["heads"],
+                          head_width=known["head_width"], hidden=known["blocks"]*known["hidden"], dropout=0.0,
+                          learning_rate=3e-3, teacher=1.0)
     return Distil(recipe=replace(recipe, name="halved"))
 
 def thinned(model: Ranker) -> Prune:
