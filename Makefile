@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .peers/.ready
 TENSORRT := .tensorrt/.ready
-BENCH ?= prepare quality inference scale growth training overhead warm catalogue text convergence
+BENCH ?= prepare quality inference distillation scale growth training overhead warm catalogue text convergence
 
 # Copies of data sets that are looked into before any download (optional).
 ifneq ($(wildcard ../shared/data),)
