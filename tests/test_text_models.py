@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from workbench.errors import BackendError, ModelError, UnknownNameError
+from workbench.errors import BackendError, ModelError, UnknownNameError, UsageError
 from workbench.optimization.generation import engines
 from workbench.optimization.sentence_encoder import compile_encoder, encoder_forms, load_encoder
 from workbench.optimization.text_bench import TextGate, TextTable, bench_text
@@ -135,7 +135,7 @@ def test_four_bits_in_blocks_keep_the_perplexity_and_the_size_of_a_four_bit_file
 
 
 def test_a_precision_that_is_not_there_and_a_folder_that_is_not_one_are_refused(generator, tmp_path):
-    with pytest.raises(BackendError, match="has no precision 'int2'"):
+    with pytest.raises(UsageError, match="has no precision 'int2'"):
         compile_text(generator, tmp_path / "x", "onnxruntime", "int2")
     assert not (tmp_path / "x").exists()
     with pytest.raises(BackendError, match="is not a compiled text model"):
@@ -191,10 +191,10 @@ def workbench(*words: str, without: str = "", home: Path) -> subprocess.Complete
 
 
 def written_texts(folder: Path) -> Path:
-    "Twelve texts, one a line."
+    "Enough texts for the nearest of them to say something, one a line."
     path = folder / "texts.txt"
-    path.write_text("".join(f"A {mood} {kind} with {what}.\n" for mood in ("sad", "happy") for kind in ("march", "waltz")
-                            for what in ("a piano", "drums", "a choir")), encoding="utf8")
+    path.write_text("".join(f"A {mood} {kind} with {what}.\n" for mood in ("sad", "happy", "slow") for kind in ("march", "waltz", "polka")
+                            for what in ("a piano", "drums", "a choir", "strings", "brass", "a flute")), encoding="utf8")
     return path
 
 
@@ -209,7 +209,7 @@ def test_the_command_line_measures_chooses_and_keeps(kind, engine, tmp_path):
     done = workbench("bench", model, "--engines", engine, "--texts", str(written_texts(tmp_path)), "--rounds", "2", "--output",
                      str(tmp_path / "x.png"), "--json", home=tmp_path)
     assert done.returncode == 0, done.stderr
-    told, kept = json.loads(done.stdout), tmp_path / "bench" / Path(model).name / "table.json"
+    told, [kept] = json.loads(done.stdout), (tmp_path / "bench").glob(f"{Path(model).name}*/table.json")
     assert [row["variant"] for row in told["rows"]] == ["reference", engine]
     assert json.loads(kept.read_text())["rows"] == told["rows"]
     assert told["decision"]["variant"] == engine and told["facts"]["rounds"] == 2
@@ -217,6 +217,11 @@ def test_the_command_line_measures_chooses_and_keeps(kind, engine, tmp_path):
     store = open_store(tmp_path)
     run = store.client.get_run(told["run"])
     assert run.data.tags["variant"] == engine and run.data.metrics[f"{engine}.ratio"] == told["rows"][1]["ratio"]
+    before = json.loads(workbench("bench", "--history", "--data", "texts", "--json", home=tmp_path).stdout)["benches"]
+    assert [(row["variant"], row["of the reference"]) for row in before] == [(engine, told["rows"][1]["ratio"])]
+    assert kind == "generator" or before[0]["p50"] > 1000                     # microseconds, as for rankers
+    wrong = workbench("bench", "--history", "--engines", engine, home=tmp_path)
+    assert wrong.returncode == 2 and "--engines cannot be had with --history" in wrong.stderr
 
 
 def test_what_is_missing_is_a_sentence_that_says_what_to_install(tmp_path):

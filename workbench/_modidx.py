@@ -2274,6 +2274,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'workbench/optimization/text_worker.py'),
                                                     'workbench.optimization.text_worker.load_task': ( 'optimization/text_worker.html#load_task',
                                                                                                       'workbench/optimization/text_worker.py'),
+                                                    'workbench.optimization.text_worker.size_of': ( 'optimization/text_worker.html#size_of',
+                                                                                                    'workbench/optimization/text_worker.py'),
                                                     'workbench.optimization.text_worker.surprise_task': ( 'optimization/text_worker.html#surprise_task',
                                                                                                           'workbench/optimization/text_worker.py'),
                                                     'workbench.optimization.text_worker.write_task': ( 'optimization/text_worker.html#write_task',

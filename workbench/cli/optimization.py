@@ -10,6 +10,7 @@ __all__ = ['FIGURES', 'Subject', 'subject', 'opponent', 'keep', 'Bench', 'listed
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from workbench.optimization.benchmark import Rival
     from workbench.optimization.advise import Advice
     from workbench.optimization.choose import Decision, Measured
-    from workbench.tables import Table
     from workbench.tracking.runs import Store
     from workbench.training.roofline import Roofline
 
@@ -61,7 +61,7 @@ def opponent(against: str, histories: "Histories") -> "Rival":  # against: "cham
     return rival_of(Bundle.load(folder), histories, "champion" if against == "champion" else folder.name)
 
 # %% ../../nbs/cli/06_optimization.ipynb #d4d0e24e
-FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "load", "first", "ndcg", "ndcg_share", "ndcg_low",
+FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "load", "first", "first_token", "ndcg", "ndcg_share", "ndcg_low",
            "ndcg_high", "prefill", "decode", "perplexity", "risen", "same", "cosine", "throughput")
 
 def keep(store: "Store", name: str, table: "Measured", decision: "Decision") -> str:  # name: of the model
@@ -169,9 +169,10 @@ def kept_benches(
     home = settings().home
     if not (home/"mlflow.db").exists(): return History((), data)
     store = open_store(home)
-    found = store.client.search_runs([store.experiment("bench")], "attributes.status = 'FINISHED'",
-                                     order_by=["attributes.start_time DESC"], max_results=1000)
-    return History(tuple(remembered(run) for run in found if data in (None, run.data.tags["data"]))[:limit], data)
+    which = "attributes.status = 'FINISHED'" + (f" AND tags.data = {data!r}" if data else "")
+    found = store.client.search_runs([store.experiment("bench")], which, order_by=["attributes.start_time DESC"],
+                                     max_results=limit)
+    return History(tuple(map(remembered, found)), data)
 
 # %% ../../nbs/cli/06_optimization.ipynb #8793ff5f
 class TextBench(Bench):
@@ -180,12 +181,16 @@ class TextBench(Bench):
         kept = self.table.folder/"table.json"
         return [self.table, str(self.decision), f"kept in {kept} and as MLflow run {self.run}"]
 
-def read_texts(path: Path) -> list[str]:
-    "Read a file with a text a line; raises `UsageError` when there is none in it."
+def read_texts(
+    path: Path,     # a text a line
+    most: int,      # texts to keep, evenly spread over the file
+) -> list[str]:
+    "Read a file of texts; raises `UsageError` when there is none in it."
     try: lines = [line.strip() for line in path.read_text(encoding="utf8").splitlines()]
     except (OSError, UnicodeDecodeError) as error: raise UsageError(f"--texts {path} cannot be read: {error}") from None
     if not any(lines): raise UsageError(f"--texts {path} is empty: write a text a line")
-    return [line for line in lines if line]
+    lines = [line for line in lines if line]
+    return lines if len(lines) <= most else [lines[i*len(lines)//most] for i in range(most)]
 
 def bench_text_model(
     name: str,                      # a registered name, a GGUF file, or a folder as transformers writes it
@@ -202,10 +207,11 @@ def bench_text_model(
     from workbench.optimization.text_models import text_kind
     from workbench.tracking.runs import open_store
     check_picture(output, "--output")
-    bench, own = {"generator": (bench_text, "texts"), "encoder": (bench_encoder, "documents")}[text_kind(name)]
-    title = Path(name).resolve().name
+    bench, own, most = {"generator": (bench_text, "texts", 40), "encoder": (bench_encoder, "documents", 500)}[text_kind(name)]
+    here = Path(name).resolve()
+    title = f"{here.name}-{sha256(str(here).encode()).hexdigest()[:8]}" if here.exists() else name
     table = bench(name, engines or None, settings().home/"bench"/title, minutes=minutes, rounds=rounds,
-                  progress=progress, **({own: read_texts(texts)} if texts else {}))
+                  progress=progress, **({own: read_texts(texts, most)} if texts else {}))
     decision = table.decide()
     if output: draw(table, output)
     return TextBench(table, decision, (), keep(open_store(settings().home), title, table, decision))

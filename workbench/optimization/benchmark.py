@@ -12,26 +12,27 @@ import json, shutil, tempfile, time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import __version__
 from ..data.histories import Histories
 from ..errors import BackendError, TrainingError
 from ..files import folder_size, sweep
 from ..models.ranker import Ranker, load_model, save_model
-from .backends import backends, known_backends
+from .backends import backends, installed, known_backends
 from .choose import VariantTable
 from .compress import known_compressions
-from .machine import machine, machine_table
+from .machine import machine
 from .quality import gains, kept_share, same_lists
 from .rounds import read_rounds, round_key, write_round
 from .smaller import Compressed, one_step, reductions
 from .variants import Variant, fingerprint, variant_name
 from .worker import Cases, Worker, draw_cases
 from ..settings import settings
-from ..tables import Table
 
 # %% ../../nbs/optimization/08_benchmark.ipynb #a534367a
 TARGETS = ("cpu", "gpu", "edge")   # what a backend compiles for
@@ -253,7 +254,8 @@ def shrunk(
             conditions.note(f"training {way}")
             step = reductions[way](model)
             step = replace(step, recipe=replace(step.recipe, minutes=minutes))
-            own = folder/"smaller"/f"{way} {fingerprint(model)} {minutes:g}"       # another budget is another training
+            made_by = f"{step!r} {installed('torch')} {__version__}"             # other ones are another training
+            own = folder/"smaller"/f"{way} {fingerprint(model)} {sha256(made_by.encode()).hexdigest()[:8]}"
             way = one_step(step, model, histories, own, progress=False)
     except (BackendError, TrainingError) as error:
         return [Candidate(way, "none", "failed", str(error))]
@@ -316,6 +318,7 @@ def compete(
         if reference.status == "failed": raise BackendError(f"the model itself cannot be measured: {reference.reason}")
         judge([*others, *candidates], reference, targets)
         measure(everybody, rounds, conditions)
+        if reference.status == "failed": raise BackendError(f"the model itself cannot be measured: {reference.reason}")
         rows = [summarise(candidate, reference) for candidate in everybody]
         for other in alive(others): compare_with(rows, everybody, other)
         return tuple(rows)

@@ -7,7 +7,6 @@ __all__ = ['SINCE', 'E4M3', 'LAYERS', 'check_gpu', 'import_modelopt', 'ScoredByL
 
 # %% ../../nbs/optimization/25_fp8.ipynb #9bab9642
 from copy import deepcopy
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import WorkbenchError
 from ..files import checksums, read_json, sha256, write_atomic
 from .machine import machine
@@ -25,7 +26,7 @@ def round_key(
     "Digest everything that the figures of a round depend on."
     here = machine()
     facts = {"measured": [(name, checksums(folder)) for name, folder in measured], "how": how,
-             "cases": [sha256(path) for path in cases], "machine": here["key"], "versions": here["versions"]}
+             "cases": [sha256(path) for path in cases], "machine": here["key"], "versions": here["versions"] | {"workbench": __version__}}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/optimization/09_rounds.ipynb #2f279971

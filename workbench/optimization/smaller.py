@@ -17,10 +17,10 @@ from typing import Any
 from ..data.histories import Histories
 from ..errors import BackendError
 from ..files import read_json, write_json
-from ..models.ranker import Encoder, Ranker, load_model, models, save_model
+from ..models.ranker import Ranker, save_model
 from .compress import Compression, known_compressions
 from .prune import (
-    MaskedModule, axes, magnitude_masks, matrices, prune, recipe_for, sizes, two_of_four_masks)
+    MaskedModule, axes, magnitude_masks, prune, recipe_for, sizes, two_of_four_masks)
 from .variants import Variant, compile_variant, fingerprint
 from .worker import draw_cases
 from ..registry import Registry

@@ -61,12 +61,12 @@ def decide_text(
                                     f"perplexity within {gate.perplexity:.1%}")
 
 # %% ../../nbs/optimization/39_text_bench.ipynb #8d941b73
-TEXT_COLUMNS = {"variant": "engine", "first": "first token", "prefill": "prefill", "decode": "decode",
+TEXT_COLUMNS = {"variant": "engine", "first_token": "first token", "prefill": "prefill", "decode": "decode",
                 "ratio": "of the reference", "same": "same tokens", "perplexity": "perplexity", "risen": "risen by",
                 "memory": "memory", "load": "load", "size": "size", "compile": "compile", "reason": "reason"}
 TEXT_UNITS = {"first token": "ms", "prefill": "tokens/s", "decode": "tokens/s", "risen by": "%", "memory": "MB",
               "load": "s", "size": "MB", "compile": "s", "same tokens": "%"}
-TEXT_TERMINAL = ("variant", "first", "decode", "ratio", "same", "risen", "size", "reason")
+TEXT_TERMINAL = ("variant", "first_token", "decode", "ratio", "same", "risen", "size", "reason")
 TEXT_TITLE = "{model} on {processor}, {threads} of {cores} cores; greedy, {tokens} tokens"
 
 def in_percent(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,9 +183,10 @@ def prepare_text(candidate: TextCandidate, conditions: TextConditions) -> None:
     candidate.answers = [candidate.worker.ask("write", prompt=i, count=conditions.tokens)["tokens"]
                          for i in range(conditions.prompts)]
     memory, told = candidate.worker.ask("memory")["bytes"], candidate.worker.ask("surprise")
-    if not isfinite(told["sum"]): raise BackendError("its logits on real texts are not numbers")
+    perplexity = float(np.exp(-told["sum"]/told["tokens"]))
+    if not isfinite(perplexity): raise BackendError("its logits on real texts are not numbers, or far from any text")
     candidate.figures |= {"compile": made["seconds"], "size": made["size"]/1e6, "load": loaded["seconds"],
-                          "memory": memory/1e6, "perplexity": float(np.exp(-told["sum"]/told["tokens"]))}
+                          "memory": memory/1e6, "perplexity": perplexity}
 
 def alike(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
     "Return the share of tokens before the first that differs, over all prompts."
@@ -208,7 +209,7 @@ def summarise_text(candidate: TextCandidate, reference: TextCandidate) -> dict[s
     if not alive([candidate]): return candidate.row()
     first, prefill, decode = np.median(np.array(candidate.rounds), axis=0)
     pairs = zip(candidate.rounds, reference.rounds, strict=True)
-    found = {"first": float(first), "prefill": float(prefill), "decode": float(decode),
+    found = {"first_token": float(first), "prefill": float(prefill), "decode": float(decode),
              "ratio": float(np.median([ours[2]/theirs[2] for ours, theirs in pairs])),
              "same": alike(candidate.answers, reference.answers),
              "risen": candidate.figures["perplexity"]/reference.figures["perplexity"] - 1}
@@ -258,9 +259,9 @@ def bench_text(
     "Run a language model on every engine, compare each with the model in PyTorch, and measure them side by side."
     if tokens < 2 or rounds < 1: raise UsageError("there is nothing to measure: take at least 2 tokens and 1 round")
     check_kind(model, "generator")
+    candidates = [TextCandidate("reference", "eager", status="reference"), *plan_text(engines)]
     threads, source = threads or settings().serving.threads, text_model_folder(model)
     folder = Path(folder or tempfile.mkdtemp())
-    candidates = [TextCandidate("reference", "eager", status="reference"), *plan_text(engines)]
     cases = draw_text_cases(source, captions(40) if texts is None else texts)
     conditions = TextConditions(model=source, folder=folder, cases=cases.save(folder/"cases.json"), threads=threads,
                                 prompts=len(cases.prompts), long=len(cases.long), tokens=tokens, clock=Clock(minutes))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BackendError
+from ..errors import BackendError, UsageError
 from ..files import publish, read_json, sha256, write_json
 from .backends import failures, import_openvino
 from .generation import Engine, Writer, Written, engines, one_by_one
@@ -94,8 +94,8 @@ class OpenVINOEngine(Engine):
     def compile(self, model: Path, folder: Path, precision: str) -> None:
         config = read_json(model/"config.json")
         found = config.get("gguf_file", "")
-        if not Path(found).is_file():
-            raise BackendError("it reads models that come as a GGUF file, and this one did not")
+        if not found: raise BackendError("it reads models that come as a GGUF file, and this one did not")
+        if not Path(found).is_file(): raise BackendError(f"{found}, which the model was converted from, is gone")
         if sha256(found) != config.get("gguf_sha256"): raise BackendError(f"{found} has changed since it was converted")
         if precision == "gguf": (folder/"m.gguf").symlink_to(found)
         else: rewrite_gguf(Path(found), folder/"m.gguf")
@@ -152,7 +152,7 @@ engines.register("vllm", VllmEngine())
 def check_precision(engine: str, precision: str) -> None:
     "Refuse a precision that an engine does not run at."
     if precision not in engines[engine].precisions:
-        raise BackendError(f"{engine} has no precision {precision!r}: it has {', '.join(engines[engine].precisions)}")
+        raise UsageError(f"{engine} has no precision {precision!r}: it has {', '.join(engines[engine].precisions)}")
 
 def compile_text(
     model: str | Path,              # a registered name, a GGUF file or a folder

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BackendError, DataError, ModelError, WorkbenchError
-from ..files import private_folder, publish, read_json, sha256
+from ..files import private_folder, publish, read_json, sha256, write_json
 from .backends import quiet, reason
 from ..registry import Registry
 from ..settings import QUIET, settings
@@ -174,7 +174,11 @@ def text_model_folder(
     if found.is_dir(): return found
     digest = sha256(found)
     folder = Path(home or settings().home)/"text"/f"{found.stem}-{digest[:8]}"
-    if (folder/"config.json").exists(): return folder
+    if (folder/"config.json").exists():
+        config = read_json(folder/"config.json")
+        if config["gguf_file"] != str(found.resolve()):                            # the file has moved
+            write_json(folder/"config.json", config | {"gguf_file": str(found.resolve())})
+        return folder
     if find_spec("gguf") is None: raise BackendError("gguf is not installed: pip install 'workbench[text]'")
     private_folder(folder.parent)
     try:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.batches import Windows
 from ..data.histories import Histories
 from ..errors import TrainingError
 from ..models.ranker import Encoder
-from .fit import Run, build_model, digest, fit, takes
+from .fit import Run, build_model, digest, fit
 from .losses import LARGE, at_targets
 from .module import SequenceModule
 from .recipes import Recipe
@@ -109,12 +108,11 @@ def beginning(teacher: Encoder, recipe: Recipe, histories: Histories) -> Encoder
         student = build_model(recipe, histories.n_items)
         pairs = [(getattr(student, part, None), getattr(teacher, part, None)) for part in ("items", "positions")]
         table = teacher.item_vectors()[1:]
-        known = all(isinstance(each, torch.nn.Embedding) for pair in pairs for each in pair)
-        if recipe.width > table.shape[1] or not known: return None
-        cases = histories.validation
+        known, cases = all(isinstance(each, torch.nn.Embedding) for pair in pairs for each in pair), histories.validation
+        if recipe.width > table.shape[1] or not known or not len(cases): return None
         rows = np.linspace(0, len(cases) - 1, min(LISTENED, len(cases))).astype(int)
-        items = torch.from_numpy(cases.inputs(rows, teacher.length)[0])
-        turn = narrowing(table, teacher.hidden(items)[items > 0], recipe.width)
+        asked = [torch.from_numpy(cases.inputs(part, teacher.length)[0]) for part in np.array_split(rows, -(-len(rows)//64))]
+        turn = narrowing(table, torch.cat([teacher.hidden(items)[items > 0] for items in asked]), recipe.width)
         student.items.weight[1:] = (table - table.mean(0)) @ turn
         student.positions.weight.copy_(teacher.positions.weight[:recipe.length] @ turn)
     return student
@@ -122,12 +120,14 @@ def beginning(teacher: Encoder, recipe: Recipe, histories: Histories) -> Encoder
 # %% ../../nbs/training/17_distillation.ipynb #0246820d
 class StudentModule(SequenceModule):
     "Trains an encoder on windows of histories and on the opinions of a teacher."
-    def __init__(self, *parts: Any, teacher: Encoder):  # parts: as `SequenceModule` takes them
+    def __init__(self, *parts: Any, teacher: Encoder, begins: str = ""):  # parts: as `SequenceModule` takes them
         super().__init__(*parts)
+        self.begins = begins                     # said of what it began with, in place of those weights
         self.teacher = [teacher.eval()]          # in a list: it is neither trained nor saved
         self.uncut_loss = self.cut_loss
 
-    def facts(self) -> dict[str, Any]: return {"teacher": digest(self.teacher[0].state_dict())}
+    def facts(self) -> dict[str, Any]:
+        return {"teacher": digest(self.teacher[0].state_dict())} | ({"start": self.begins} if self.begins else {})
 
     def opinion(self, items: Tensor, **known: Tensor) -> Tensor:  # int64[B, L] → float32[B, L, D]
         "Return the teacher's vectors."
@@ -172,5 +172,7 @@ def distil(
 ) -> Run:
     "Train a student by its recipe and a teacher; raises `TrainingError` when the two do not fit."
     check_teacher(teacher, recipe, histories)
-    if options.get("features") is None: options = {"start": beginning(teacher, recipe, histories)} | options
-    return fit(recipe, histories, folder, kind=partial(StudentModule, teacher=teacher), **options)
+    begins = "start" not in options and options.get("features") is None
+    if begins: options["start"] = beginning(teacher, recipe, histories)
+    kind = partial(StudentModule, teacher=teacher, begins="as its teacher" if begins else "")
+    return fit(recipe, histories, folder, kind=kind, **options)
