@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .results import (
     champion_bundle, check_picture, chosen_recipe, draw, find_run, prepared, winner_of)
-from ..errors import BackendError, UsageError, WorkbenchError
+from ..errors import UsageError, WorkbenchError
 from ..files import read_json
 from ..settings import settings
 from ..tables import Table
