@@ -141,7 +141,7 @@ def bench(
     engines: Annotated[str, typer.Option(
         help="Of a text model: those to try, such as onnxruntime+int4, with commas between; all unless given.")] = "",
     texts: Annotated[Path | None, typer.Option(
-        help="Of a text model: a file with a text a line, of which 500 are taken, or 40; MusicCaps unless given.")] = None,
+        help="Of a text model: a file with a text a line, of which 40 or 500 are taken; else MusicCaps.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Budget; what is not compiled by then is left out.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=2, max=1000, help="Rounds of measuring.")] = 12,
     output: Plot = None,
@@ -153,10 +153,10 @@ def bench(
     from workbench.cli.optimization import bench_any, kept_benches, listed
     if log and not history: raise UsageError(f"--data {log} goes with --history: a model has its log")
     if history:
-        given = {"MODEL": model != "latest", "--targets": targets, "--against": against, "--smaller": smaller, "--output": output,
-                 "--compressions": compressions, "--engines": engines, "--texts": texts}
-        wrong = [name for name, value in given.items() if value]
-        if wrong: raise UsageError(f"{' and '.join(wrong)} cannot be had with --history, which measures nothing: leave it out")
+        given = {"MODEL": model != "latest", "--targets": targets, "--against": against, "--smaller": smaller,
+                 "--compressions": compressions, "--engines": engines, "--texts": texts, "--output": output}
+        wrong = " and ".join(name for name, value in given.items() if value)
+        if wrong: raise UsageError(f"{wrong} cannot be had with --history, which measures nothing: leave it out")
         kept = kept_benches(log)
         return emit(kept, kept.parts(), as_json)
     ranker = {"targets": listed(targets), "against": against, "smaller": listed(smaller),

@@ -61,8 +61,8 @@ def opponent(against: str, histories: "Histories") -> "Rival":  # against: "cham
     return rival_of(Bundle.load(folder), histories, "champion" if against == "champion" else folder.name)
 
 # %% ../../nbs/cli/06_optimization.ipynb #d4d0e24e
-FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "load", "first", "first_token", "ndcg", "ndcg_share", "ndcg_low",
-           "ndcg_high", "prefill", "decode", "perplexity", "risen", "same", "cosine", "throughput")
+FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "load", "first", "first_token", "ndcg", "ndcg_share",
+           "ndcg_low", "ndcg_high", "prefill", "decode", "perplexity", "risen", "same", "cosine", "throughput")
 
 def keep(store: "Store", name: str, table: "Measured", decision: "Decision") -> str:  # name: of the model
     "Record a bench in the tracking store, and return MLflow's id of the run."
@@ -207,7 +207,8 @@ def bench_text_model(
     from workbench.optimization.text_models import text_kind
     from workbench.tracking.runs import open_store
     check_picture(output, "--output")
-    bench, own, most = {"generator": (bench_text, "texts", 40), "encoder": (bench_encoder, "documents", 500)}[text_kind(name)]
+    kinds = {"generator": (bench_text, "texts", 40), "encoder": (bench_encoder, "documents", 500)}
+    bench, own, most = kinds[text_kind(name)]
     here = Path(name).resolve()
     title = f"{here.name}-{sha256(str(here).encode()).hexdigest()[:8]}" if here.exists() else name
     table = bench(name, engines or None, settings().home/"bench"/title, minutes=minutes, rounds=rounds,

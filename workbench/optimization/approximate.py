@@ -50,7 +50,7 @@ class GraphIndex(ItemIndex):
         plain = not (exclude.shape[1] or self.n_blocked or self.longer or self.rounded)
         if plain and k <= min(self.ef, self.size):
             ids, scores = self.near(queries, k)
-            if ids.shape[1] == k and ids.all(): return ids, scores
+            if ids.shape[1] == k and (ids.item(-1) if len(ids) == 1 else ids.all()): return ids, scores
         return super().find(queries, exclude, k)
 
     def candidates(self, query: np.ndarray, unwanted: np.ndarray, k: int) -> np.ndarray:

@@ -32,8 +32,8 @@ def best(
     k: int,              # how many
 ) -> np.ndarray:         # int64[min(k, n)], the places of the largest, largest first
     "Find the places of the k largest scores."
-    width = len(scores)//FOLDS
-    if width < 4*k: places = np.arange(len(scores))
+    width, others = len(scores)//FOLDS, max(0, len(scores) - k)
+    if width < 4*k: places = np.flatnonzero(scores >= np.partition(scores, others)[others])
     else:
         folded = scores[:FOLDS*width].reshape(FOLDS, width)
         peaks = folded.max(axis=0)

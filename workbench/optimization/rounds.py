@@ -26,7 +26,8 @@ def round_key(
     "Digest everything that the figures of a round depend on."
     here = machine()
     facts = {"measured": [(name, checksums(folder)) for name, folder in measured], "how": how,
-             "cases": [sha256(path) for path in cases], "machine": here["key"], "versions": here["versions"] | {"workbench": __version__}}
+             "cases": [sha256(path) for path in cases], "machine": here["key"],
+             "versions": here["versions"] | {"workbench": __version__}}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/optimization/13_rounds.ipynb #2f279971

@@ -164,6 +164,7 @@ def write_folder(file: Path, folder: Path, digest: str) -> None:  # digest: sha2
     with transformers() as library:
         library.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
+# %% ../../nbs/optimization/40_text_models.ipynb #87396cab
 def text_model_folder(
     name_or_folder: str | Path,         # a registered name, or a GGUF file or folder of a model
     home: str | Path | None = None,     # where a converted model is kept; None for settings.ini

@@ -108,10 +108,12 @@ def beginning(teacher: Encoder, recipe: Recipe, histories: Histories) -> Encoder
         student = build_model(recipe, histories.n_items)
         pairs = [(getattr(student, part, None), getattr(teacher, part, None)) for part in ("items", "positions")]
         table = teacher.item_vectors()[1:]
-        known, cases = all(isinstance(each, torch.nn.Embedding) for pair in pairs for each in pair), histories.validation
+        known = all(isinstance(each, torch.nn.Embedding) for pair in pairs for each in pair)
+        cases = histories.validation
         if recipe.width > table.shape[1] or not known or not len(cases): return None
         rows = np.linspace(0, len(cases) - 1, min(LISTENED, len(cases))).astype(int)
-        asked = [torch.from_numpy(cases.inputs(part, teacher.length)[0]) for part in np.array_split(rows, -(-len(rows)//64))]
+        asked = [torch.from_numpy(cases.inputs(part, teacher.length)[0])
+                 for part in np.array_split(rows, -(-len(rows)//64))]
         turn = narrowing(table, torch.cat([teacher.hidden(items)[items > 0] for items in asked]), recipe.width)
         student.items.weight[1:] = (table - table.mean(0)) @ turn
         student.positions.weight.copy_(teacher.positions.weight[:recipe.length] @ turn)
