@@ -52,7 +52,7 @@ def draw_text_cases(
     return TextCases([*(row[:32] for row in tokens[:2]), *(ask(tokenizer, question) for question in QUESTIONS)],
                      stream[:min(long, context - 1)], tokens)
 
-# %% ../../nbs/optimization/44_text_worker.ipynb #4188f29d
+# %% ../../nbs/optimization/44_text_worker.ipynb #18e9cb68
 def size_of(
     compiled: Path,     # folder of an engine
     model: Path,        # folder of the model
@@ -62,6 +62,7 @@ def size_of(
     if own > 2**20: return own
     return own + sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in model.glob(kind))
 
+# %% ../../nbs/optimization/44_text_worker.ipynb #4188f29d
 def compile_task(desk: Desk, model: str, folder: str, engine: str, precision: str) -> dict[str, Any]:
     "Compile a text model and return the seconds it took and the bytes it takes."
     begun = time.perf_counter()
