@@ -151,6 +151,20 @@ def test_what_cannot_be_answered_is_a_typed_error_and_the_next_search_is_right(o
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_a_single_number_that_is_none_is_found_wherever_it_stands(opened, name, wrong):
+    index = opened(name)
+    for row, place, rows in ((0, 0, 1), (0, WIDTH - 1, 1), (2, 5, 4)):
+        queries = QUERIES[:rows].copy()
+        queries[row, place] = wrong
+        for excluded in (NOTHING[:rows], np.tile(np.arange(1, N_ITEMS + 1), (rows, 1))):
+            with pytest.raises(BackendError, match="NaN or infinity"):
+                index.search(queries, excluded)
+    everything = np.arange(1, N_ITEMS + 1)[None]
+    assert (index.search(QUERIES[:1], everything)[1] == -np.inf).all()     # no answer, and nothing wrong with the query
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "added", "swapped"])
 def test_a_damaged_folder_is_refused_before_a_library_opens_it(tmp_path, name, damage):
     if reason := METHODS[name].available():
