@@ -1364,6 +1364,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'workbench/optimization/choose.py'),
                                                'workbench.optimization.choose.decide': ( 'optimization/choose.html#decide',
                                                                                          'workbench/optimization/choose.py'),
+                                               'workbench.optimization.choose.number_points': ( 'optimization/choose.html#number_points',
+                                                                                                'workbench/optimization/choose.py'),
                                                'workbench.optimization.choose.of_columns': ( 'optimization/choose.html#of_columns',
                                                                                              'workbench/optimization/choose.py'),
                                                'workbench.optimization.choose.pareto_front': ( 'optimization/choose.html#pareto_front',

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'FALLBACK', 'ALLOWED', 'SAID', 'UNITS', 'COLUMNS', 'TITLE', 'TERMINAL', 'Gate', 'Decision', 'remark',
-           'decide', 'regressions', 'pareto_front', 'of_columns', 'readable', 'Measured', 'VariantTable', 'plot_front']
+           'decide', 'regressions', 'pareto_front', 'of_columns', 'readable', 'Measured', 'VariantTable',
+           'number_points', 'plot_front']
 
 # %% ../../nbs/optimization/09_choose.ipynb #39d9bec0
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from math import isfinite
@@ -21,6 +22,7 @@ from ..settings import settings
 from ..tables import Table
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% ../../nbs/optimization/09_choose.ipynb #e47842b9
@@ -213,6 +215,26 @@ class VariantTable(Measured):
     def __rich__(self): return readable(self.rows, self.facts, TERMINAL).__rich__()
 
 # %% ../../nbs/optimization/09_choose.ipynb #ddad1f66
+def number_points(
+    axes: "Axes",
+    places: Mapping[str, tuple[float, float]],  # name → where it stands
+    kinds: Mapping[str, str],                   # name → what has a colour of its own
+    passed: Collection[str],                    # may be chosen; the others are hollow
+    given: Collection[str] = ("reference",),    # square: what the others are compared with
+) -> dict[str, str]:                            # name → its colour
+    "Draw numbered points from left to right, and say beside the axes what the numbers are."
+    known = list(dict.fromkeys(kinds.values()))
+    colours = {name: f"C{known.index(kinds[name]) % 10}" for name in places}
+    for number, (name, place) in enumerate(sorted(places.items(), key=lambda each: each[1]), 1):
+        axes.scatter(*place, s=90, marker="s" if name in given else "o", edgecolor=colours[name],
+                     facecolor=colours[name] if name in passed else "white", label=f"{number}  {name}")
+        axes.annotate(str(number), place, ha="center", va="center", fontsize=6.5,
+                      color="white" if name in passed else colours[name])
+    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.margins(0.2, 0.3)
+    return colours
+
+# %% ../../nbs/optimization/09_choose.ipynb #82761ca6
 def plot_front(rows: Sequence[Mapping[str, Any]], gate: Gate) -> "Figure":
     "Plot each measured row, the Pareto front and the gate."
     import matplotlib.pyplot as plt
@@ -221,17 +243,13 @@ def plot_front(rows: Sequence[Mapping[str, Any]], gate: Gate) -> "Figure":
     measured = {row["variant"]: row for row in rows if row["status"] in ("ok", "reference", "rival")}
     front = [measured[name] for name in pareto_front(rows)]
     axes.plot([row["p50"] for row in front], [row["ndcg_share"] for row in front], color="0.8", zorder=0)
-    kinds = list(dict.fromkeys(row["backend"] for row in measured.values()))
-    for number, (name, row) in enumerate(sorted(measured.items(), key=lambda each: each[1]["p50"]), 1):
-        place, passed = (row["p50"], row["ndcg_share"]), gate.refusal(row) is None
-        colour, marker = f"C{kinds.index(row['backend']) % 10}", "s" if row["status"] != "ok" else "o"
-        axes.scatter(*place, s=90, marker=marker, edgecolor=colour, facecolor=colour if passed else "white",
-                     label=f"{number}  {name}")
+    colours = number_points(axes, {name: (row["p50"], row["ndcg_share"]) for name, row in measured.items()},
+                            {name: row["backend"] for name, row in measured.items()},
+                            [name for name, row in measured.items() if gate.refusal(row) is None],
+                            [name for name, row in measured.items() if row["status"] != "ok"])
+    for name, row in measured.items():
         if row.get("ndcg_low") is not None:
-            axes.vlines(row["p50"], row["ndcg_low"], row["ndcg_high"], color=colour, linewidth=0.8, zorder=0)
-        axes.annotate(str(number), place, ha="center", va="center", fontsize=6.5, color="white" if passed else colour)
-    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+            axes.vlines(row["p50"], row["ndcg_low"], row["ndcg_high"], color=colours[name], linewidth=0.8, zorder=0)
     axes.axhline(gate.ndcg, linestyle="--", linewidth=0.8, color="C3")
     axes.set(xscale="log", xlabel="median at batch 1 [µs]", ylabel="NDCG@10, as a share of the parent's")
-    axes.margins(0.2, 0.3)
     return figure

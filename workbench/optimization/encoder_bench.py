@@ -18,7 +18,8 @@ import numpy as np
 from ..errors import BackendError, UsageError
 from ..files import read_json, write_json
 from .benchmark import Clock, alive, gains, machine
-from .choose import Decision, Measured, of_columns
+from .choose import Decision, Gate, Measured, of_columns, remark
+from .quality import kept_share
 from .sentence_encoder import (
     SentenceEncoder, compile_encoder, encoder_forms, load_encoder, tokens_of)
 from .text_bench import TextCandidate, plot_places, take_turns
@@ -54,12 +55,14 @@ def found_again(
     if queries is None: return row
     targets = np.arange(len(documents))
     sides = (queries, documents), (parent_queries, parent)
-    ours, theirs = (float(gains(best(*side), targets).mean()) for side in sides)
-    return row | {"ndcg": ours, "ndcg_share": ours/theirs if theirs else float(ours == theirs)}
+    ours, theirs = (gains(best(*side), targets) for side in sides)
+    row |= {"ndcg": float(ours.mean()), "ndcg_share": 1.0 if not theirs.any() else float(ours.mean()/theirs.mean())}
+    return row | ({"ndcg_low": kept.low, "ndcg_high": kept.high} if (kept := kept_share(ours, theirs)) else {})
 
 # %% ../../nbs/optimization/47_encoder_bench.ipynb #be85e97e
 ENCODER_COLUMNS = {"variant": "form", "p50": "p50", "ratio": "of the reference", "throughput": "32",
                    "cosine": "least cosine", "same": "same top 10", "ndcg": "NDCG@10", "ndcg_share": "of its NDCG",
+                   "ndcg_low": "at least", "ndcg_high": "at most",
                    "memory": "memory", "load": "load", "size": "size", "reason": "reason"}
 ENCODER_TITLE = "{model} on {processor}, {threads} of {cores} cores; batch 1, then sentences a second at 32"
 ENCODER_UNITS = {"p50": "µs", "32": "sentences/s", "memory": "MB", "load": "s", "size": "MB"}
@@ -85,7 +88,8 @@ class EncoderTable(Measured):
         if not passing: return Decision("reference", "no form keeps what the model finds")
         fastest = min(passing, key=lambda row: row["p50"])
         return Decision(fastest["variant"],
-                        f"fastest at batch 1 of {len(passing)} that keep {kept:.1%} of what is found")
+                        f"fastest at batch 1 of {len(passing)} that keep {kept:.1%} of what is found"
+                        + remark(fastest, passing, Gate(ndcg=kept)))
 
     def plot(self, kept: float | None = None) -> "Figure":
         "Plot the time of a sentence against what is found, with the gate."

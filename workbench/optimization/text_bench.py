@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import BackendError, UsageError
 from .benchmark import Clock, alive, machine, notes
-from .choose import Decision, Measured, of_columns
+from .choose import Decision, Measured, number_points, of_columns
 from .generation import Writer, Written, engines
 from .text_engines import check_precision, load_text
 from .text_models import captions, check_kind, text_model_folder
@@ -104,20 +104,17 @@ class TextTable(Measured):
 # %% ../../nbs/optimization/45_text_bench.ipynb #89294a18
 def plot_places(
     places: Mapping[str, tuple[float, float]],  # variant → where it stands
-    passed: Sequence[str],                      # the variants that may be chosen; the others are grey
+    passed: Sequence[str],                      # the variants that may be chosen; the others are hollow
     gate: float,                                # a line across
     labels: tuple[str, str],                    # of the axes
 ) -> "Figure":
     "Plot speed against quality."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     plt.close(figure)                                                # it is shown as a value, not by the way
-    for i, (name, place) in enumerate(sorted(places.items(), key=lambda each: each[1])):
-        axes.scatter(*place, marker="s" if name == "reference" else "o", color="C0" if name in passed else "C7")
-        axes.annotate(name, place, xytext=(4, -12 if i % 2 else 5), textcoords="offset points", fontsize=8)
+    number_points(axes, places, {name: name.partition("+")[0] for name in places}, passed)
     axes.axhline(gate, linestyle="--", linewidth=0.8, color="C3")
     axes.set(xscale="log", xlabel=labels[0], ylabel=labels[1])
-    axes.margins(0.2, 0.3)
     return figure
 
 # %% ../../nbs/optimization/45_text_bench.ipynb #eef4d6a3
