@@ -192,6 +192,7 @@ def read_texts(
     lines = [line for line in lines if line]
     return lines if len(lines) <= most else [lines[i*len(lines)//most] for i in range(most)]
 
+# %% ../../nbs/cli/06_optimization.ipynb #0d5b6064
 def bench_text_model(
     name: str,                      # a registered name, a GGUF file, or a folder as transformers writes it
     engines: Sequence[str] = (),    # such as onnxruntime+int4; all when there is none

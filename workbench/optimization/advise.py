@@ -108,6 +108,7 @@ def about_scan(advice: "Advice") -> Technique:
     return judge("int8 scan with rescoring", "a gate", f"scoring is {share} of the time, and the "
                  f"table of {4e-6*(form.n_items + 1)*width:,.1f} MB becomes a quarter", advice.parts, after)
 
+# %% ../../nbs/optimization/17_advise.ipynb #3678b573
 def about_search(advice: "Advice") -> Technique:
     "Do not look at most items."
     return judge("approximate search", "a gate", f"scoring, mask and top k are {percent(advice.share(*CATALOGUE))} of "

@@ -184,6 +184,7 @@ class IndexMethod:
                                         "files": checksums(aside)})
         return Path(folder)
 
+# %% ../../nbs/optimization/30_index.ipynb #14b7b354
 def check_vectors(vectors: np.ndarray) -> None:
     "Refuse a table that cannot be searched, naming the first bad row."
     if not isinstance(vectors, np.ndarray) or vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) < 2:

@@ -85,6 +85,7 @@ def loss_of(model: Stack, recipe: Recipe, loss: nn.Module, batch: Windows) -> Te
     "Compute the loss of a network on one batch."
     return LossModule(model, loss, replace(recipe, compile=False), 1).window_loss(batch)
 
+# %% ../../nbs/optimization/10_prune.ipynb #75a9c862
 def importance(
     model: Stack,                              # in evaluation mode: no dropout
     recipe: Recipe,                            # decided; gives the precision

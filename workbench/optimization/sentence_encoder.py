@@ -168,6 +168,7 @@ class SentenceEncoder:
                  for start in range(0, len(texts), batch)]
         return np.concatenate(parts)[np.argsort(order, kind="stable")]
 
+# %% ../../nbs/optimization/46_sentence_encoder.ipynb #9e6e273b
 def compile_encoder(
     model: str | Path,              # a registered name or a folder
     folder: str | Path,             # where it goes; replaced when it is there

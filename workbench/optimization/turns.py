@@ -43,7 +43,9 @@ class Turns:
         return Table(rows, title, {"median": "µs"})
 
     def to_dict(self) -> dict[str, Any]: return {name: medians.tolist() for name, medians in self.medians.items()}
-    def __repr__(self) -> str: return f"Turns({', '.join(f'{name}: {self.median(name):.1f} µs' for name in self.medians)})"
+    def __repr__(self) -> str:
+        return f"Turns({', '.join(f'{name}: {self.median(name):.1f} µs' for name in self.medians)})"
+
     def _repr_html_(self) -> str: return self.table(next(iter(self.medians)))._repr_html_()
     def __rich__(self): return self.table(next(iter(self.medians))).__rich__()
 
