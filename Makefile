@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .peers/.ready
 TENSORRT := .tensorrt/.ready
-BENCH ?= prepare quality inference distillation scale growth training overhead warm catalogue text convergence
+BENCH ?= prepare quality distillation inference techniques scale growth training overhead warm catalogue text convergence
 
 # Copies of data sets that are looked into before any download (optional).
 ifneq ($(wildcard ../shared/data),)
@@ -36,9 +36,13 @@ serve: $(READY) ## serve the champion on 127.0.0.1
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(BIN)/workbench lab
 
+# Two processes share the cores: each computes in one thread, as two of each would only wait for one another.
+test: export OMP_NUM_THREADS = 1
+test: export WORKBENCH_PATHS_HOME = .workbench/test
+test: export PATH := $(CURDIR)/$(BIN):$(PATH)
 test: $(READY) ## run every notebook and every test
-	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev-test --n-workers 2 --timing
-	WORKBENCH_PATHS_HOME=.workbench/test PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest --numprocesses 2 --dist loadfile
+	nbdev-test --n-workers 2 --timing
+	pytest --numprocesses 2 --dist loadfile
 
 bench: $(READY) $(if $(filter training convergence,$(BENCH)),$(PEERS)) ## run the benchmark notebooks and write their dated pages (long; BENCH="prepare" for one of them)
 	umask 077; mkdir -p .workbench/benchmarks
