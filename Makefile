@@ -70,7 +70,7 @@ tensorrt: $(TENSORRT) ## make .tensorrt, which has the TensorRT-RTX compiler and
 	PYTHONPATH=. .tensorrt/bin/python -m pytest tests/test_tensorrt.py
 
 gpu: ## run what needs an NVIDIA GPU and write its page, on a box that has torch, lightning, numpy, onnx and onnxruntime
-	$(PYTHON) -m pytest tests/test_training.py tests/test_profiling.py tests/test_throughput.py tests/test_tensorrt.py -m gpu -p no:cacheprovider
+	$(PYTHON) -m pytest tests/test_training.py tests/test_profiling.py tests/test_throughput.py tests/test_tensorrt.py tests/test_text_models.py -m gpu -p no:cacheprovider
 	$(PYTHON) -m workbench.training.gpu docs/benchmarks/$$(date +%F)-gpu.md
 	-$(PYTHON) -m workbench.optimization.tensorrt_page docs/benchmarks/$$(date +%F)-tensorrt.md
 

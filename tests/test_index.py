@@ -1,5 +1,7 @@
 """Indexes: filters come before the k, what is damaged or wrong is refused, and what is approximate is measured."""
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -148,6 +150,35 @@ def test_what_cannot_be_answered_is_a_typed_error_and_the_next_search_is_right(o
         with pytest.raises(BackendError, match=message):
             index.search(*inputs)
     assert index.search(one, none)[0][0, 0] == first(1)[0, 0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.2, 0.5, 0.999])
+def test_whatever_share_is_blocked_the_best_of_the_rest_come_back(opened, name, share):
+    "Blocked at random, and all of the best of each query on top, some of them excluded by the request."
+    index, truth = opened(name), ItemIndex(VECTORS)
+    gone = np.unique(np.r_[np.random.default_rng(1).permutation(N_ITEMS)[:int(share * N_ITEMS)] + 1, first(12)[:40].ravel()])
+    for each in (index, truth):
+        each.block(gone)
+    for excluded in (NOTHING, first(30)):
+        ids, scores = index.search(QUERIES, excluded)
+        assert not np.isin(ids, gone).any() and not ((ids[:, :, None] == excluded[:, None]) & (ids[:, :, None] > 0)).any()
+        assert (np.isfinite(scores).sum(axis=1) == np.isfinite(truth.search(QUERIES, excluded)[1]).sum(axis=1)).all()
+        assert recall(index, truth, QUERIES, exclude=excluded) >= 0.98
+    index.unblock(gone)
+    np.testing.assert_array_equal(index.search(QUERIES[:5], NOTHING[:5])[0], opened(name).search(QUERIES[:5], NOTHING[:5])[0])
+
+
+@pytest.mark.parametrize("order", [("usearch", "int8"), ("int8", "usearch")])
+def test_indexes_of_two_libraries_open_in_one_process_in_any_order(opened, tmp_path, order):
+    "Where usearch is imported before ONNX Runtime, the process used to end with a segmentation fault."
+    for name in order:
+        opened(name)
+        METHODS[name].build(VECTORS[:500], tmp_path / name)
+    program = ("import sys\nfrom workbench.optimization.index import load_index\n"
+               "for folder in sys.argv[1:]: print(load_index(folder).size)")
+    done = subprocess.run([sys.executable, "-c", program, *(str(tmp_path / name) for name in order)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == ["499", "499"], done.stderr[-500:]
 
 
 @pytest.mark.parametrize("name", METHODS)

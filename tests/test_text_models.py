@@ -22,7 +22,6 @@ from workbench.optimization.text_models import (
     perplexity,
     text_model_folder,
 )
-from workbench.tracking.runs import open_store
 
 TEXTS = ["A slow blues on an electric guitar, recorded live with a small audience.",
          "The low quality recording features a ballad with sustained strings and a soft female voice.",
@@ -200,6 +199,7 @@ def written_texts(folder: Path) -> Path:
 
 @pytest.mark.parametrize(("kind", "engine"), [("encoder", "eager"), ("generator", "uncached")])
 def test_the_command_line_measures_chooses_and_keeps(kind, engine, tmp_path):
+    from workbench.tracking.runs import open_store  # not on a bare GPU box
     if kind == "encoder":
         folder_or_skip(model := "minilm-l6", tmp_path)
         skip_without(encoder_forms[engine])

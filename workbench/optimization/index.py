@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDS', 'NOTHING', 'FLOATS', 'IDS', 'MANIFEST', 'TABLE', 'Progress', 'indexes', 'SCAN_FILE', 'DEEP', 'ITEMS', 'best',
-           'no_answer', 'allowed', 'ItemIndex', 'check_search', 'check_finite', 'check_ids', 'block', 'unwanted',
-           'IndexMethod', 'check_vectors', 'known_indexes', 'load_index', 'Exact', 'quantise', 'write_scan',
+           'no_answer', 'allowed', 'ItemIndex', 'check_search', 'check_finite', 'check_ids', 'block', 'blocked_among',
+           'unwanted', 'IndexMethod', 'check_vectors', 'known_indexes', 'load_index', 'Exact', 'quantise', 'write_scan',
            'ScanIndex', 'Int8', 'with_index', 'recall']
 
 # %% ../../nbs/optimization/30_index.ipynb #c70888cd
@@ -72,7 +72,7 @@ class ItemIndex:
     ):
         self.vectors, self.threads = np.asarray(vectors), threads
         self.size, self.dimensions = len(vectors) - 1, vectors.shape[1]
-        self.blocked, self.n_blocked = np.arange(len(vectors)) == 0, 0
+        self.blocked, self.n_blocked, self.blocked_ids = np.arange(len(vectors)) == 0, 0, NOTHING
 
     @property
     def memory(self) -> int:
@@ -95,15 +95,15 @@ class ItemIndex:
         "Search, the input being checked: candidates first, then their scores in float32."
         ids, scores = no_answer(len(queries), k)
         for row, query in enumerate(queries):
-            found = self.candidates(query, unwanted(self, NOTHING if exclude is None else exclude[row]), k)
+            found = self.candidates(query, NOTHING if exclude is None else exclude[row], k)
             exact = self.vectors[found] @ query
             order = np.argsort(-exact, kind="stable")[:k]
             ids[row, :len(order)], scores[row, :len(order)] = found[order], exact[order]
         return ids, scores
 
-    def candidates(self, query: np.ndarray, unwanted: np.ndarray, k: int) -> np.ndarray:
+    def candidates(self, query: np.ndarray, exclude: np.ndarray, k: int) -> np.ndarray:
         "Return at least k allowed items, or all there are, among which the best k are."
-        return allowed(self.vectors @ query, unwanted, k)
+        return allowed(self.vectors @ query, unwanted(self, exclude), k)
 
 # %% ../../nbs/optimization/30_index.ipynb #9e5c3473
 FLOATS, IDS = np.dtype(np.float32), np.dtype(np.int64)
@@ -140,11 +140,16 @@ def block(
     check_ids(index, ids)
     marks = index.blocked.copy()
     marks[ids], marks[0] = value, True
-    index.blocked, index.n_blocked = marks, int(marks.sum()) - 1
+    index.blocked_ids = np.flatnonzero(marks[1:]) + 1
+    index.blocked, index.n_blocked = marks, len(index.blocked_ids)
+
+def blocked_among(index: ItemIndex, many: int) -> int:
+    "Say how many more of the best to look at, for as many to be left: twice as many as are blocked on the average."
+    return 8 + 2*many*index.n_blocked//index.size if index.n_blocked else 0
 
 def unwanted(index: ItemIndex, exclude: np.ndarray) -> np.ndarray:
     "Join what one request excludes with what is blocked for everybody."
-    return np.concatenate([exclude, np.flatnonzero(index.blocked)]) if index.n_blocked else exclude
+    return np.concatenate([exclude, index.blocked_ids]) if index.n_blocked else exclude
 
 ItemIndex.block, ItemIndex.unblock = block, partialmethod(block, value=False)
 
@@ -260,9 +265,14 @@ class ScanIndex(ItemIndex):
     @property
     def memory(self) -> int: return super().memory + self.vectors.size
 
-    def candidates(self, query: np.ndarray, unwanted: np.ndarray, k: int) -> np.ndarray:
+    def candidates(self, query: np.ndarray, exclude: np.ndarray, k: int) -> np.ndarray:
         rough = self.run(["scores"], {"queries": query[None]})[0][0]
-        return allowed(rough, unwanted, self.factor*k + min(len(unwanted), DEEP))
+        many = self.factor*k + min(len(exclude), DEEP)
+        if self.n_blocked:
+            found = allowed(rough, exclude, many + blocked_among(self, many))
+            found = found[~self.blocked[found]]
+            if len(found) >= many: return found
+        return allowed(rough, unwanted(self, exclude), many + min(self.n_blocked, DEEP))
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(IndexMethod):

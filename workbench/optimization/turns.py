@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
 from ..tables import Table
 
 # %% ../../nbs/optimization/19_turns.ipynb #ef5fcb42
@@ -56,17 +57,20 @@ def in_turns(
     rounds: int = 40,                          # that are kept
     seconds: float = 0.01,                     # for each in a round, and at least one call
 ) -> Turns:
-    "Time single calls of several things that take turns."
+    "Time single calls of several things that take turns; raises UsageError where there is nothing to time."
+    if not (calls and asked and rounds > 0 and seconds > 0):
+        raise UsageError("there is nothing to time: give calls, arguments, and more than no rounds and no time")
     found: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(rounds + 1):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            call, times, begun = calls[name], [], time.perf_counter_ns()
-            end = begun + 1e9*seconds
-            while begun < end:
+            call, times, done = calls[name], [], time.perf_counter_ns()
+            end = done + 1e9*seconds
+            while done < end:
                 arguments, begun = asked[(turn + len(times)) % len(asked)], time.perf_counter_ns()
                 call(*arguments)
-                times.append(time.perf_counter_ns() - begun)
+                done = time.perf_counter_ns()
+                times.append(done - begun)
             found[name].append(float(np.median(times))/1e3)
     return Turns({name: np.array(medians[1:]) for name, medians in found.items()})
