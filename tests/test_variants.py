@@ -172,6 +172,16 @@ def test_a_damaged_variant_is_refused(tmp_path, damage):
         Variant.load(folder)
 
 
+@pytest.mark.parametrize("wrong", [{"files": 3}, {"files": None}, {"files": ["a"]}, {"processor": None}, {"versions": "1"},
+                                   {"k": "10"}, {"lineage": [3]}, {"lineage": [{}]}, {"seconds": "long"}, {"more": 1}], ids=str)
+def test_a_record_with_a_wrong_type_is_refused_in_a_sentence(compiled, tmp_path, wrong):
+    folder = Path(shutil.copytree(compiled("eager").folder, tmp_path / "v"))
+    record = json.loads((folder / "variant.json").read_text())
+    (folder / "variant.json").write_text(json.dumps(record | wrong))
+    with pytest.raises(BackendError, match=r"is not a variant \(.*\): compile it again"):
+        Variant.load(folder)
+
+
 def test_a_variant_made_for_another_processor_is_refused(tmp_path):
     folder = compile_variant(sasrec(), tmp_path / "v", "onnxruntime", k=K).folder
     record = json.loads((folder / "variant.json").read_text())

@@ -2338,6 +2338,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'workbench/optimization/variants.py'),
                                                  'workbench.optimization.variants.check_shapes': ( 'optimization/variants.html#check_shapes',
                                                                                                    'workbench/optimization/variants.py'),
+                                                 'workbench.optimization.variants.check_types': ( 'optimization/variants.html#check_types',
+                                                                                                  'workbench/optimization/variants.py'),
                                                  'workbench.optimization.variants.check_values': ( 'optimization/variants.html#check_values',
                                                                                                    'workbench/optimization/variants.py'),
                                                  'workbench.optimization.variants.compile_variant': ( 'optimization/variants.html#compile_variant',
