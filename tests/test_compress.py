@@ -19,7 +19,7 @@ from workbench.optimization.benchmark import Rival, bench, of_targets, plan
 from workbench.optimization.choose import regressions
 from workbench.optimization.compress import known_compressions
 from workbench.optimization.export import TopK
-from workbench.optimization.prune import prune, recipe_for, sizes
+from workbench.optimization.prune import magnitude_masks, prune, recipe_for, sizes
 from workbench.optimization.smaller import Distil, Prune, compress, halved, reductions
 from workbench.optimization.variants import Variant, check_parity, compile_variant
 from workbench.optimization.worker import draw_cases
@@ -118,6 +118,33 @@ def test_a_student_with_little_to_learn_from_learns_more_with_a_teacher():
     few, small = walks(users=60, seed=5), replace(QUICK, width=16, blocks=1, epochs=30, teacher=0.9)
     taught, alone = distil(teacher, small, few, progress=False), fit(small, few, progress=False)
     assert taught.metrics["ndcg@10"] > 1.1 * alone.metrics["ndcg@10"]
+
+
+@pytest.mark.parametrize(("width", "start"), [(16, "as its teacher"), (48, None)], ids=["narrower", "wider"])
+def test_a_student_says_whether_it_began_as_its_teacher(trained, tmp_path, width, start):
+    run, log = trained
+    distil(run.model, replace(QUICK, width=width, epochs=1, teacher=1.0), log, tmp_path, progress=False)
+    facts = [json.loads(path.read_text()) for path in tmp_path.glob("checkpoints/*/facts.json")]
+    assert {each["start"] for each in facts} == {start}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.29, 0.5, 0.7, 0.99])
+def test_the_smallest_weights_go_as_a_quantile_says(share):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(101, 7), torch.nn.Linear(7, 30))
+    with torch.no_grad():
+        model[1].weight[:9] = 0.05                                  # ties
+    every = torch.cat([each.weight.detach().abs().flatten() for each in model])
+    wanted = {f"{place}.weight": each.weight.abs() > every.quantile(share) for place, each in enumerate(model)}
+    found = magnitude_masks(model, share)
+    assert all(torch.equal(found[name], mask) for name, mask in wanted.items()) and found.keys() == wanted.keys()
+
+
+def test_a_network_of_17_million_weights_loses_half_of_them():
+    layer = torch.nn.Linear(17_000, 1_000, bias=False)
+    mask = magnitude_masks(torch.nn.Sequential(layer), 0.5)["0.weight"]
+    weights = layer.weight.detach().abs()
+    assert abs(float(mask.double().mean()) - 0.5) < 1e-4 and weights[mask].min() > weights[~mask].max()
 
 
 def test_distillation_that_was_interrupted_goes_on_and_ends_the_same(trained, tmp_path):

@@ -1,18 +1,20 @@
 """Variants: what is wrong is refused with its reason, what is right is the model, and the bench tells the two apart."""
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from workbench.data.histories import pack
-from workbench.errors import BackendError
+from workbench.errors import BackendError, UnknownNameError, UsageError
 from workbench.models.baselines import Blend, Neighbours, fit_item_knn, fit_popularity
 from workbench.models.ranker import known_models, save_model
 from workbench.models.sequential import SASRec
@@ -22,9 +24,12 @@ from workbench.optimization.choose import Gate, VariantTable
 from workbench.optimization.export import MAX_BATCH, TopK, example_inputs, export_program
 from workbench.optimization.quality import kept_share
 from workbench.optimization.variants import Variant, check_parity, compile_variant
+from workbench.optimization.worker import Worker
+from workbench.settings import settings
 
 N_ITEMS, LENGTH, K = 150, 12, 10
 BACKENDS = ["eager", "inductor", "onnxruntime", "openvino"]
+ASKED = {"backends": ["eager"], "compressions": ["none"], "k": K, "threads": 1, "progress": False}
 
 
 def sasrec(seed=0):
@@ -172,6 +177,16 @@ def test_a_damaged_variant_is_refused(tmp_path, damage):
         Variant.load(folder)
 
 
+@pytest.mark.parametrize("wrong", [{"files": 3}, {"files": None}, {"files": ["a"]}, {"processor": None}, {"versions": "1"},
+                                   {"k": "10"}, {"lineage": [3]}, {"lineage": [{}]}, {"seconds": "long"}, {"more": 1}], ids=str)
+def test_a_record_with_a_wrong_type_is_refused_in_a_sentence(compiled, tmp_path, wrong):
+    folder = Path(shutil.copytree(compiled("eager").folder, tmp_path / "v"))
+    record = json.loads((folder / "variant.json").read_text())
+    (folder / "variant.json").write_text(json.dumps(record | wrong))
+    with pytest.raises(BackendError, match=r"is not a variant \(.*\): compile it again"):
+        Variant.load(folder)
+
+
 def test_a_variant_made_for_another_processor_is_refused(tmp_path):
     folder = compile_variant(sasrec(), tmp_path / "v", "onnxruntime", k=K).folder
     record = json.loads((folder / "variant.json").read_text())
@@ -228,7 +243,91 @@ def test_the_bench_measures_what_works_and_gives_reasons_for_the_rest(broken, tm
     assert "no variant passed" in read.decide(Gate(ndcg=1.4)).reason
 
 
-ASKED = {"backends": ["eager"], "compressions": ["none"], "k": K, "threads": 1, "progress": False}
+def test_each_row_says_what_it_is_for(tmp_path):
+    table = bench(sasrec(), histories(), tmp_path, backends=["eager", "executorch", "tensorrt"], compressions=["none"], k=K, rounds=1,
+                  progress=False)
+    found = {row["variant"]: row["target"] for row in table.rows}
+    assert {"reference": "cpu", "eager": "cpu", "executorch": "edge", "tensorrt": "gpu"}.items() <= found.items()
+    assert ("reference on cuda" in found) == torch.cuda.is_available()
+
+
+@pytest.mark.gpu
+def test_variants_for_a_gpu_stand_beside_the_model_on_the_gpu(tmp_path):
+    table = bench(sasrec(), histories(), tmp_path, backends=["tensorrt"], compressions=["none"], k=K, rounds=2, progress=False)
+    first, second = table.rows[:2]
+    assert (first["variant"], first["target"], second["variant"], second["target"]) == ("reference", "cpu", "reference on cuda", "gpu")
+    assert second["status"] == "reference" and second["p50"] > 0 and second["agreement"] > 0.99
+    assert table.decide(Gate(ndcg=0.0)).variant != "reference on cuda"
+
+
+WRONG = {
+    "a way": ({"smaller": ["distilled", "typo"]}, UnknownNameError, "smaller model named 'typo'"),
+    "a backend": ({"backends": ["eager", "typo"]}, UnknownNameError, "backend named 'typo'"),
+    "a compression": ({"compressions": ["none", "typo"]}, UnknownNameError, "compression named 'typo'"),
+    "no pair": ({"backends": ["executorch"], "compressions": ["int8_scan"]}, UsageError, "executorch: int8_scan is for onnxruntime"),
+    "rounds": ({"rounds": 0}, UsageError, "rounds is 0"),
+    "k": ({"k": -1}, UsageError, "k is -1"),
+    "no k": ({"k": 0}, UsageError, "k is 0"),
+    "threads": ({"threads": 1.5}, UsageError, "threads is 1.5"),
+    "batches": ({"batches": (0,)}, UsageError, "a batch is 0"),
+    "large batches": ({"batches": (1, 1000)}, UsageError, "a batch of 1000"),
+    "minutes": ({"minutes": -1}, UsageError, "minutes is -1"),
+    "no number": ({"minutes": float("nan")}, UsageError, "minutes is nan"),
+    "cores": ({"pin": True, "threads": 10_000}, UsageError, "10000 threads cannot be kept on"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), WRONG.values(), ids=WRONG)
+def test_a_bench_that_is_asked_for_wrongly_does_nothing(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        bench(sasrec(), histories(), tmp_path / "b", progress=False, **changes)
+    assert list(tmp_path.iterdir()) == [], "nothing was trained, compiled or written"
+
+
+class Watched(Worker):
+    "A worker that notes, when it is closed, which cores each of its threads may use."
+
+    cores: ClassVar[list[set[int]]] = []
+
+    def close(self):
+        threads = Path(f"/proc/{self.process.pid}/task")
+        self.cores.extend(os.sched_getaffinity(int(each.name)) for each in threads.glob("*"))
+        super().close()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system that keeps processes on cores")
+def test_workers_that_are_pinned_stay_on_the_last_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr("workbench.optimization.benchmark.Worker", Watched)
+    monkeypatch.setattr(Watched, "cores", [])
+    mine = os.sched_getaffinity(0)
+    table = bench(sasrec(), histories(), tmp_path, **ASKED, rounds=1, pin=True)
+    assert [row["status"] for row in table.rows] == ["reference", "ok"]
+    assert len(Watched.cores) >= 3 and all(each == {max(mine)} for each in Watched.cores), "of the compiler and both that were measured"
+    assert table.facts["pinned"] == [max(mine)] and os.sched_getaffinity(0) == mine
+
+
+def test_where_nothing_can_be_pinned_it_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    with pytest.raises(UsageError, match="leave pin out"):
+        bench(sasrec(), histories(), tmp_path / "b", **ASKED, pin=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pinned_bench_goes_on_with_pinned_rounds_only(killed, tmp_path):
+    folder = shutil.copytree(killed, tmp_path / "b")
+    assert kept(bench(sasrec(), histories(), folder, **ASKED, rounds=2, pin=True)) == {(0, 2)}
+
+
+def test_a_table_says_what_the_machine_can_do_and_measures_it_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_PATHS_HOME", str(tmp_path / "home"))
+    settings.cache_clear()
+    try:
+        facts = [bench(sasrec(), histories(), tmp_path / "b", **ASKED, rounds=1).facts for _ in range(2)]
+        path, = (tmp_path / "home" / "machine").iterdir()
+    finally:
+        settings.cache_clear()
+    assert path.name == f"{facts[0]['key']}-1.json" and json.loads(path.read_text()) == facts[0]["measured"] == facts[1]["measured"]
+    assert facts[0]["measured"]["threads"] == 1 and facts[0]["measured"]["peak"]["float32"] > 0
 
 
 @pytest.fixture(scope="module")

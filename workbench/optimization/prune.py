@@ -183,7 +183,9 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 def magnitude_masks(model: nn.Module, share: float) -> dict[str, Tensor]:  # bool, False where a weight goes
     "Mark the smallest weights of all linear layers together."
     weights = matrices(model)
-    threshold = torch.cat([each.detach().abs().flatten() for each in weights.values()]).quantile(share)
+    every = torch.cat([each.detach().abs().flatten() for each in weights.values()])
+    place = int(torch.tensor(share)*(len(every) - 1))            # as `quantile`, which takes 16 million numbers at most
+    threshold = every.kthvalue(min(place + 1, len(every))).values
     return {name: each.detach().abs() > threshold for name, each in weights.items()}
 
 def two_of_four_masks(model: nn.Module) -> dict[str, Tensor]:  # bool, two of each four along a row are True

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Cases', 'draw_cases', 'peak_memory', 'measure_latency', 'measure_throughput', 'load_reference', 'Desk',
-           'compile_task', 'serve', 'Worker', 'main']
+           'compile_task', 'serve', 'last_cores', 'kept_on', 'Worker', 'main']
 
 # %% ../../nbs/optimization/07_worker.ipynb #8a423abe
 import gc, json, os, resource, select, subprocess, sys, time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..data.histories import Split
-from ..errors import BackendError, WorkbenchError
+from ..errors import BackendError, UsageError, WorkbenchError
 from .backends import reason
 from .variants import Variant
 from ..settings import quiet_environment
@@ -98,24 +99,27 @@ def load_reference(
     folder: Path,   # of `save_model`
     k: int,         # items to return
     threads: int,   # CPU threads
-) -> Callable:      # over tensors
+    device: str = "cpu",
+) -> Callable:      # over tensors, which come from the processor and go back to it
     "Load a model as the thing that variants are compared with."
     import torch
     from workbench.models.ranker import load_model
     from workbench.optimization.export import TopK
     torch.set_num_threads(threads)
-    module = TopK(load_model(folder), k).eval()
+    module = TopK(load_model(folder), k).eval().to(device)
     def answer(*inputs):
         with torch.inference_mode(): return module(*inputs)
-    return answer
+    def elsewhere(*inputs): return tuple(each.cpu() for each in answer(*(each.to(device) for each in inputs)))
+    return answer if device == "cpu" else elsewhere
 
 # %% ../../nbs/optimization/07_worker.ipynb #86111517
 class Desk:
     "What a worker holds: an answer, and the cases it is asked about."
-    def load(self, folder: str, cases: str, threads: int, k: int = 0, batches: Sequence[int] = (1,)) -> dict[str, Any]:
-        "Load a variant, or with `k` the reference model, and time that, and the first answer."
-        begun = time.perf_counter()
-        self.answer = load_reference(Path(folder), k, threads) if k else Variant.load(folder).callable(threads)
+    def load(self, folder: str, cases: str, threads: int, k: int = 0, batches: Sequence[int] = (1,),
+             device: str = "cpu") -> dict[str, Any]:
+        "Load a variant, or with `k` the reference model onto a device, and time that, and the first answer."
+        begun, path = time.perf_counter(), Path(folder)
+        self.answer = load_reference(path, k, threads, device) if k else Variant.load(path).callable(threads)
         loaded, self.cases = time.perf_counter() - begun, Cases.load(Path(cases))
         self.batches = {size: self.convert(self.cases.batches(size), k) for size in sorted({1, *batches})}
         begun = time.perf_counter()
@@ -180,13 +184,33 @@ def serve(lines, write: Callable[[str], Any]) -> None:
         except Exception as error: reply = {"error": reason(error)}
         write(json.dumps(reply) + "\n")
 
+# %% ../../nbs/optimization/07_worker.ipynb #f12362cc
+def last_cores(count: int) -> list[int]:
+    "Choose the last of the cores that this process may use; raises UsageError where it cannot be kept on so many."
+    if not hasattr(os, "sched_setaffinity"):
+        raise UsageError("this system does not keep a process on chosen cores: leave pin out")
+    allowed = sorted(os.sched_getaffinity(0))
+    if count <= len(allowed): return allowed[-count:]
+    raise UsageError(f"{count} threads cannot be kept on {len(allowed)} cores: take fewer, or leave pin out")
+
+@contextmanager
+def kept_on(cores: Collection[int]) -> Iterator[None]:  # none: wherever
+    "Keep the processes that are started inside the block on some cores."
+    if not cores: return (yield)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try: yield
+    finally: os.sched_setaffinity(0, before)
+
 # %% ../../nbs/optimization/07_worker.ipynb #354636de
 class Worker:
     "A process that compiles or measures one variant; use it in a `with` block."
-    def __init__(self, threads: int = 1):  # CPU threads of its libraries
+    def __init__(self, threads: int = 1, cores: Collection[int] = ()):  # CPU threads of its libraries; where it stays
         environment = quiet_environment() | {"OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen([sys.executable, "-m", "workbench.optimization.worker"], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+        with kept_on(cores):
+            self.process = subprocess.Popen([sys.executable, "-m", "workbench.optimization.worker"],
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                            stderr=subprocess.DEVNULL, env=environment)
 
     def ask(self, task: str, timeout: float = 300., **request: Any) -> dict[str, Any]:
         "Give it a task and wait; raises BackendError with the reason when it fails, ends or takes too long."

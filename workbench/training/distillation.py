@@ -174,7 +174,8 @@ def distil(
 ) -> Run:
     "Train a student by its recipe and a teacher; raises `TrainingError` when the two do not fit."
     check_teacher(teacher, recipe, histories)
-    begins = "start" not in options and options.get("features") is None
-    if begins: options["start"] = beginning(teacher, recipe, histories)
-    kind = partial(StudentModule, teacher=teacher, begins="as its teacher" if begins else "")
+    student = None
+    if "start" not in options and options.get("features") is None:
+        student = options["start"] = beginning(teacher, recipe, histories)
+    kind = partial(StudentModule, teacher=teacher, begins="as its teacher" if student else "")
     return fit(recipe, histories, folder, kind=kind, **options)
