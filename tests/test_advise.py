@@ -23,7 +23,7 @@ from workbench.optimization.cost import cheapest, costs
 from workbench.optimization.machine import Fingerprint, side_by_side, this_machine
 from workbench.settings import Prices
 from workbench.training.recipes import recipes
-from workbench.training.roofline import Roofline
+from workbench.training.roofline import Roofline, measure_roofline
 
 SLOW = Roofline("a slow core", 1, {"float32": 8.0, "bfloat16": 8.0, "int8": 30.0}, {2**18: 20.0, 2**29: 4.0}, 1.0)
 
@@ -72,10 +72,15 @@ def test_every_ranker_can_be_asked_about(model):
     assert isinstance(sections(advice)[0], str)
 
 
-def test_a_model_is_left_as_it_was():
+@pytest.fixture(scope="module")
+def own():
+    return measure_roofline(seconds=0.2)
+
+
+def test_a_model_is_left_as_it_was(own):
     model = sasrec().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    advice = advise(model, seconds=0.05, roofline=SLOW)
+    advice = advise(model, seconds=0.05, roofline=own)
     assert advice.basis == "measured" and advice.techniques
     assert model.training and all(each.requires_grad for each in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -90,11 +95,20 @@ def test_the_bound_of_an_int8_scan_grows_with_the_catalogue():
     assert bounds == sorted(bounds) and 1 <= bounds[0] < bounds[2] < 8
 
 
-def test_threads_are_given_back():
+def test_beside_the_roofs_of_another_device_nothing_is_timed(own):
+    "A file of this machine's own roofs is another device's too: nobody can tell."
+    predicted = advise(sasrec(), roofline=SLOW)
+    assert predicted.basis == "predicted" and predicted.to_dict()["seconds"] == ask(sasrec()).seconds
+    assert not any("was busy" in str(each) for each in sections(predicted))
+    read = Roofline(**own.to_dict() | {"bandwidth": own.bandwidth})
+    assert advise(sasrec(), roofline=read).basis == "predicted"
+
+
+def test_threads_are_given_back(own):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        advise(sasrec(), threads=2, seconds=0.05, roofline=SLOW)
+        advise(sasrec(), threads=2, seconds=0.05, roofline=own)
         with pytest.raises(BackendError, match="cannot be measured from here"):
             advise(sasrec(), "edge", threads=2)
         assert torch.get_num_threads() == 1
