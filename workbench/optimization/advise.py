@@ -215,7 +215,7 @@ class Advice:
 def roofline_of(target: str, given: Roofline | None) -> Roofline:
     "Return the figures of a target, or raise BackendError saying how to get them."
     if target not in ("cpu", "edge", "gpu"): raise BackendError(f"there is no target {target!r}: use cpu, edge or gpu")
-    if not given and (target == "edge" or target == "gpu" and not torch.cuda.is_available()):
+    if not given and (target == "edge" or (target == "gpu" and not torch.cuda.is_available())):
         lack = "there is no GPU here" if target == "gpu" else "an edge device cannot be measured from here"
         raise BackendError(f"{lack}: give its figures as roofline=Roofline(device, threads, peak, bandwidth, dispatch)")
     found = given or inference_roofline("cuda" if target == "gpu" else "cpu")
