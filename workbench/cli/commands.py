@@ -123,6 +123,12 @@ def check_data(
          as_json)
 
 # %% ../../nbs/cli/07_commands.ipynb #6525f24b
+Lengths = Annotated[str | None, typer.Option(
+    help="Measure the model's kind of network, with random weights and so without a choice, at these lengths of a "
+         "history, with commas between. Each pair with a catalogue is a bench with a budget of its own.")]
+Catalogues = Annotated[str | None, typer.Option(
+    help="The same, at these numbers of items; the model's own unless given, as its length is.")]
+
 @app.command()
 def evaluate(run: Run = "latest", as_json: Json = False) -> None:
     "Evaluate a run's winning model again on its test split."
@@ -135,12 +141,6 @@ def typed(context: typer.Context) -> list[str]:  # such as MODEL and --minutes
     return [each.name.upper() if each.param_type_name == "argument" else each.opts[0] for each in there]
 
 # %% ../../nbs/cli/07_commands.ipynb #b1b7c2ec
-Lengths = Annotated[str | None, typer.Option(
-    help="Measure the model's kind of network, with random weights and so without a choice, at these lengths of a "
-         "history, with commas between. Each pair with a catalogue is a bench with a budget of its own.")]
-Catalogues = Annotated[str | None, typer.Option(
-    help="The same, at these numbers of items; the model's own unless given, as its length is.")]
-
 @app.command()
 def bench(
     context: typer.Context,

@@ -223,7 +223,7 @@ class Sizes:
         return [each for each in found if each.rows]
 
 def bench_sizes(
-    name: str = "latest",               # a run's id, or a folder with a saved model: gives the kind and the sizes inside
+    name: str = "latest",               # a run's id, or a folder with a saved model, whose kind it is
     lengths: Sequence[int] = (),        # of histories; the model's own when there is none
     catalogues: Sequence[int] = (),     # items; the model's own when there is none
     targets: Sequence[str] = (),        # cpu, gpu, edge; cpu when there is none

@@ -44,7 +44,9 @@ def price(
 BATCHES = (1, 8, 32)   # that a table of variants has the throughput of, where its facts do not say
 MILLION = 1_000_000
 
-def measured_at(facts: Mapping[str, Any]) -> list[int]: return sorted(facts.get("batches", BATCHES))
+def measured_at(facts: Mapping[str, Any]) -> list[int]:
+    "Return the sizes of batches that a table has the throughput of."
+    return sorted(facts.get("batches", BATCHES))
 
 def per_core_second(row: Mapping[str, Any], threads: int) -> float | None:  # None where it was not measured
     "Return how many requests, one at a time, a second of one core answers."
@@ -83,8 +85,8 @@ def costs(
     found = [cost_row(row, facts, prices) | {"remark": gate.refusal(row)} for row in measured]
     passing = [row for row in found if row["remark"] is None]
     if passing: passing[0]["remark"] = "the cheapest that passes"
-    targets = dict.fromkeys(row["target"] for row in found)
-    return Table(found, heading(prices, facts, targets), {name: prices.currency for name in found[0] if "a million" in name})
+    title = heading(prices, facts, dict.fromkeys(row["target"] for row in found))
+    return Table(found, title, {name: prices.currency for name in found[0] if "a million" in name})
 
 def heading(prices: Prices, facts: Mapping[str, Any], targets: Iterable[str]) -> str:
     "Say what the costs rest on: the prices of the targets in the table."

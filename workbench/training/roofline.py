@@ -76,9 +76,12 @@ def measure_dispatch(device: torch.device, seconds: float, length: int = 100) ->
         torch.autograd.grad(x, numbers, torch.ones_like(x))
     return shortest(chain, device, seconds)/(2*length)*1e6
 
-# %% ../../nbs/training/08_roofline.ipynb #04a1b60a
-def positive(figures: Iterable[float]) -> bool: return all(0 < each < inf for each in figures)
+# %% ../../nbs/training/08_roofline.ipynb #98841c4d
+def positive(figures: Iterable[float]) -> bool:
+    "Tell whether all figures are finite and above 0."
+    return all(0 < each < inf for each in figures)
 
+# %% ../../nbs/training/08_roofline.ipynb #04a1b60a
 @dataclass(frozen=True)
 class Roofline:
     "What a machine does at best, as measured or as somebody says; raises `UsageError` for what no device does."
