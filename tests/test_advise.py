@@ -11,19 +11,19 @@ import torch
 from rich.console import Console
 
 from workbench.data.histories import pack
-from workbench.errors import BackendError
+from workbench.errors import BackendError, UsageError
 from workbench.models.baselines import Blend, Neighbours, Popularity
 from workbench.models.ranker import known_models
 from workbench.models.sequential import HSTU, SASRec
 from workbench.models.two_tower import TwoTower
 from workbench.optimization.advise import advise, sections
 from workbench.optimization.benchmark import bench
-from workbench.optimization.choose import Gate
+from workbench.optimization.choose import Gate, regressions
 from workbench.optimization.cost import cheapest, costs
 from workbench.optimization.machine import Fingerprint, side_by_side, this_machine
 from workbench.settings import Prices
 from workbench.training.recipes import recipes
-from workbench.training.roofline import Roofline
+from workbench.training.roofline import Roofline, measure_roofline
 
 SLOW = Roofline("a slow core", 1, {"float32": 8.0, "bfloat16": 8.0, "int8": 30.0}, {2**18: 20.0, 2**29: 4.0}, 1.0)
 
@@ -72,10 +72,15 @@ def test_every_ranker_can_be_asked_about(model):
     assert isinstance(sections(advice)[0], str)
 
 
-def test_a_model_is_left_as_it_was():
+@pytest.fixture(scope="module")
+def own():
+    return measure_roofline(seconds=0.2)
+
+
+def test_a_model_is_left_as_it_was(own):
     model = sasrec().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    advice = advise(model, seconds=0.05, roofline=SLOW)
+    advice = advise(model, seconds=0.05, roofline=own)
     assert advice.basis == "measured" and advice.techniques
     assert model.training and all(each.requires_grad for each in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -90,11 +95,28 @@ def test_the_bound_of_an_int8_scan_grows_with_the_catalogue():
     assert bounds == sorted(bounds) and 1 <= bounds[0] < bounds[2] < 8
 
 
-def test_threads_are_given_back():
+def test_beside_the_roofs_of_another_device_nothing_is_timed(own):
+    "A file of this machine's own roofs is another device's too: nobody can tell."
+    predicted = advise(sasrec(), roofline=SLOW)
+    assert predicted.basis == "predicted" and predicted.to_dict()["seconds"] == ask(sasrec()).seconds
+    assert not any("was busy" in str(each) for each in sections(predicted))
+    read = Roofline(**own.to_dict() | {"bandwidth": own.bandwidth})
+    assert advise(sasrec(), roofline=read).basis == "predicted"
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("peak", {}), ("peak", {"float32": 0}), ("peak", {"bfloat16": 8.0}), ("peak", {"float32": 8.0, "int8": float("inf")}), ("bandwidth", {}),
+    ("bandwidth", {2**20: float("nan")}), ("bandwidth", {0: 4.0}), ("dispatch", -1.0), ("dispatch", float("nan")), ("threads", 0)])
+def test_figures_that_no_device_has_are_refused_by_name(field, value):
+    with pytest.raises(UsageError, match=f"^{field} of a phone is "):
+        Roofline(**{"device": "a phone", "threads": 1, "peak": SLOW.peak, "bandwidth": SLOW.bandwidth, "dispatch": 1.0} | {field: value})
+
+
+def test_threads_are_given_back(own):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        advise(sasrec(), threads=2, seconds=0.05, roofline=SLOW)
+        advise(sasrec(), threads=2, seconds=0.05, roofline=own)
         with pytest.raises(BackendError, match="cannot be measured from here"):
             advise(sasrec(), "edge", threads=2)
         assert torch.get_num_threads() == 1
@@ -132,6 +154,39 @@ def test_a_measured_table_has_costs_in_its_own_currency(table):
     assert by_name["onnxruntime"]["requests a core-second"] == pytest.approx(1e6 / measured["cpu"])
     assert by_name["onnxruntime"]["a million in batches of 8"] == pytest.approx(1e5 / (3600 * measured["throughput_8"]))
     assert cheapest(table, 32, gate=Gate(ndcg=0.5)) in ("eager", "onnxruntime")
+
+
+@pytest.mark.parametrize(("backend", "target", "hour"), [("tensorrt", "gpu", 2.5), ("executorch", "edge", 0.2), ("onnxruntime", "cpu", 0.3)])
+def test_hardware_is_priced_as_what_it_is_whether_or_not_the_row_says_it(table, backend, target, hour):
+    prices = Prices(core_hour=0.1, gpu_hour=2.5, edge_hour=0.2, utilisation=1.0)
+    measured = next(row for row in table.rows if row["variant"] == "onnxruntime")
+    old = {name: value for name, value in measured.items() if name != "target"} | {"backend": backend}
+    for row in (old, old | {"target": target}, measured | {"target": target}):
+        found = costs([row], prices, table.facts | {"threads": 3}, Gate(ndcg=0.5))
+        assert found.rows[0]["target"] == target and (found.rows[0]["requests a core-second"] is None) == (target != "cpu")
+        assert found.rows[0]["a million, one at a time"] == pytest.approx(hour * 1e6 / (3600 * measured["throughput_1"]))
+        assert [f"{price:g} EUR a" in found.title for price in (2.5, 0.2, 0.1)] == [target == each for each in ("gpu", "edge", "cpu")]
+
+
+@pytest.mark.parametrize(("figure", "times", "said"), [
+    ("throughput_1", 3, "in batches of 1,"), ("throughput_32", 3, "in batches of 32,"), ("p99", 1 / 3, "the champion's p99"),
+    ("memory", 1 / 3, "the champion's memory"), ("ndcg", 1.2, "has an NDCG@10 of")])
+def test_what_is_worse_than_the_champion_is_named(table, figure, times, said):
+    "The champion is the row itself but for one figure; the rounds are taken to be steady, or to say nothing."
+    row = next(row for row in table.rows if row["variant"] == "onnxruntime") | {"ndcg": 0.4, "against": 1.0, "against_high": 1.1}
+    champion = row | {"variant": "champion", "status": "rival"}
+    def found(low, **better): return regressions([row | {"against_low": low}, champion | better], "onnxruntime", 2000)
+    assert found(0.98) == []
+    worse = found(0.98, **{figure: row[figure] * times})
+    assert len(worse) == 1 and worse[0].startswith("onnxruntime ") and said in worse[0]
+    assert len(found(0.2, **{figure: row[figure] * times})) == (figure in ("memory", "ndcg"))
+
+
+def test_a_difference_in_ndcg_that_may_be_chance_is_no_regression(table):
+    row = next(row for row in table.rows if row["variant"] == "onnxruntime") | {
+        "ndcg": 0.10, "against": 1.0, "against_low": 1.0, "against_high": 1.0}
+    champion = row | {"variant": "champion", "status": "rival", "ndcg": 0.12}
+    assert [len(regressions([row, champion], "onnxruntime", cases)) for cases in (40, 2000, 20_000)] == [0, 1, 1]
 
 
 def test_a_price_comes_from_the_environment(table):

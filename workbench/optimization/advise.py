@@ -215,13 +215,12 @@ class Advice:
 def roofline_of(target: str, given: Roofline | None) -> Roofline:
     "Return the figures of a target, or raise BackendError saying how to get them."
     if target not in ("cpu", "edge", "gpu"): raise BackendError(f"there is no target {target!r}: use cpu, edge or gpu")
-    if given:
-        no_faster = dict.fromkeys(("bfloat16", "int8"), given.peak["float32"])
-        return replace(given, peak=no_faster | given.peak)
-    if target == "cpu": return inference_roofline()
-    if target == "gpu" and torch.cuda.is_available(): return inference_roofline("cuda")
-    lack = "there is no GPU here" if target == "gpu" else "an edge device cannot be measured from here"
-    raise BackendError(f"{lack}: give its figures as roofline=Roofline(device, threads, peak, bandwidth, dispatch)")
+    if not given and (target == "edge" or (target == "gpu" and not torch.cuda.is_available())):
+        lack = "there is no GPU here" if target == "gpu" else "an edge device cannot be measured from here"
+        raise BackendError(f"{lack}: give its figures as roofline=Roofline(device, threads, peak, bandwidth, dispatch)")
+    found = given or inference_roofline("cuda" if target == "gpu" else "cpu")
+    no_faster = dict.fromkeys(("bfloat16", "int8"), found.peak["float32"])
+    return replace(found, peak=no_faster | found.peak)
 
 def ranker_of(model: "Ranker | Recipe", n_items: int | None, length: int | None) -> Ranker:
     "Return the model to ask about: itself, of another length, or what a recipe builds."
@@ -238,11 +237,11 @@ def ranker_of(model: "Ranker | Recipe", n_items: int | None, length: int | None)
 # %% ../../nbs/optimization/17_advise.ipynb #a99e1944
 def advise(
     model: "Ranker | Recipe",            # trained or not; a recipe needs n_items
-    target: str = "cpu",                 # cpu (measured here), edge or gpu
+    target: str = "cpu",                 # cpu, edge or gpu
     batch: int = 1,                      # histories in a call, 1 to 256
     length: int | None = None,           # of a history; None for the model's
     threads: int = 1,                    # CPU threads
-    roofline: Roofline | None = None,    # of the target; None to measure it here
+    roofline: Roofline | None = None,    # of the target, from which times are predicted; None to measure it here
     n_items: int | None = None,          # size of the catalogue, for a recipe
     k: int | None = None,                # items to return; None for serving.max_k
     seconds: float = 1.0,                # how long to time calls
@@ -254,7 +253,8 @@ def advise(
     torch.set_num_threads(threads)
     try:
         roofline, rows = roofline_of(target, roofline), count(form, batch)
-        spent = time_call(form, batch, seconds)[1] if target == "cpu" else None
+        timed = target == "cpu" and roofline.own
+        spent = time_call(form, batch, seconds)[1] if timed else None
     finally: torch.set_num_threads(before)
     return Advice(model, form, target, batch, threads, "measured" if spent else "predicted", tuple(rows),
                   part_rows(rows, roofline, spent, target == "gpu"), roofline)

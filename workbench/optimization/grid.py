@@ -19,7 +19,7 @@ from ..data.histories import Histories, pack
 from ..errors import BackendError
 from ..models.items import ItemEncoder
 from .benchmark import bench
-from .choose import VariantTable
+from .choose import UNITS, VariantTable
 from ..tables import Table
 
 if TYPE_CHECKING:
@@ -76,12 +76,13 @@ class Grid:
                  for (n_items, length), table in self.tables.items()}
         variants = dict.fromkeys(variant for found in shown.values() for variant in found)
         return Table([{"variant": variant, **{size: found.get(variant) for size, found in shown.items()}}
-                      for variant in variants], name)
+                      for variant in variants], name, dict.fromkeys(shown, UNITS[name]) if name in UNITS else {})
 
     def reasons(self) -> Table:
         "List what was not measured, and why."
         return Table([{"items": n_items, "length": length, "variant": row["variant"], "reason": row["reason"]}
-                      for (n_items, length), table in self.tables.items() for row in table.rows if row.get("reason")])
+                      for (n_items, length), table in self.tables.items() for row in table.rows if row.get("reason")],
+                     "What was not measured")
 
     def best(self) -> Table:
         "Return the fastest at each size, among those that agree with the model on all lists."
@@ -92,7 +93,7 @@ class Grid:
                 row = min(same, key=lambda each: each["p50"])
                 rows.append({"items": n_items, "length": length, "fastest with the same lists": row["variant"],
                              "p50": row["p50"], "of the reference": row["ratio"]})
-        return Table(rows, units={"p50": "µs"})
+        return Table(rows, "The fastest at each size", {"p50": "µs"})
 
     def to_dict(self) -> dict[str, Any]:
         return {f"{n_items}x{length}": table.to_dict() for (n_items, length), table in self.tables.items()}

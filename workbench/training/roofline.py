@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'SIDES', 'LOOKUPS', 'ATTENTION', 'HIDDEN', 'wait_for', 'shortest', 'measure_peak', 'measure_bandwidth',
-           'measure_dispatch', 'Roofline', 'measure_roofline', 'size_of', 'tensors_in', 'changed', 'traffic',
-           'Operators', 'plot_roofline']
+           'measure_dispatch', 'positive', 'Roofline', 'measure_roofline', 'size_of', 'tensors_in', 'changed',
+           'traffic', 'Operators', 'plot_roofline']
 
 # %% ../../nbs/training/08_roofline.ipynb #0edeb954
 import time, weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,15 +76,31 @@ def measure_dispatch(device: torch.device, seconds: float, length: int = 100) ->
         torch.autograd.grad(x, numbers, torch.ones_like(x))
     return shortest(chain, device, seconds)/(2*length)*1e6
 
+# %% ../../nbs/training/08_roofline.ipynb #98841c4d
+def positive(figures: Iterable[float]) -> bool:
+    "Tell whether all figures are finite and above 0."
+    return all(0 < each < inf for each in figures)
+
 # %% ../../nbs/training/08_roofline.ipynb #04a1b60a
 @dataclass(frozen=True)
 class Roofline:
-    "What a machine does at best, as measured."
+    "What a machine does at best, as measured or as somebody says; raises `UsageError` for what no device does."
     device: str                              # what was measured
     threads: int                             # CPU threads in use
     peak: dict[str, float]                   # precision → GFLOP/s of a matrix product
     bandwidth: dict[int, float]              # bytes moved in one go → GB/s
     dispatch: float                          # µs to start one operator
+    own: bool = False                        # whether this process has measured it
+
+    def __post_init__(self) -> None:
+        wanted = {"threads": (self.threads >= 1, "1 or more"),
+                  "peak": ("float32" in self.peak and positive(self.peak.values()),
+                           "finite GFLOP/s above 0, for float32 at least"),
+                  "bandwidth": (self.bandwidth and positive([*self.bandwidth, *self.bandwidth.values()]),
+                                "finite GB/s above 0, for one size at least"),
+                  "dispatch": (0 <= self.dispatch < inf, "finite µs, 0 or more")}
+        for field, (good, what) in wanted.items():
+            if not good: raise UsageError(f"{field} of {self.device} is {getattr(self, field)}: give {what}")
 
     def speed(self, size: float) -> float:  # size: bytes moved in one go
         "Return the bandwidth for an operator that moves so much, GB/s."
@@ -99,7 +118,8 @@ class Roofline:
 
     def to_dict(self) -> dict[str, Any]:
         "Return the figures as plain data."
-        return asdict(self) | {"bandwidth": {str(size): speed for size, speed in self.bandwidth.items()}}
+        figures = {name: value for name, value in asdict(self).items() if name != "own"}   # for whoever reads it
+        return figures | {"bandwidth": {str(size): speed for size, speed in self.bandwidth.items()}}
 
     def __str__(self) -> str:
         peaks = ", ".join(f"{figure:,.0f} GFLOP/s in {kind}" for kind, figure in self.peak.items())
@@ -119,7 +139,7 @@ def measure_roofline(
             for kind in (torch.float32, torch.bfloat16)}
     speed = [measure_bandwidth(device, size, 0.17*seconds) for size in SIZES]
     bandwidth = {size: max(speed[i:]) for i, size in enumerate(SIZES)}   # less is moved at least as fast
-    return Roofline(name, torch.get_num_threads(), peak, bandwidth, measure_dispatch(device, 0.09*seconds))
+    return Roofline(name, torch.get_num_threads(), peak, bandwidth, measure_dispatch(device, 0.09*seconds), own=True)
 
 # %% ../../nbs/training/08_roofline.ipynb #c71adc2f
 LOOKUPS = ("embedding", "index", "index_select", "gather")
