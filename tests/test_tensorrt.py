@@ -558,6 +558,23 @@ def test_a_two_of_four_network_answers_as_its_parent_does(tmp_path, name):
 
 @pytest.mark.gpu
 @needs_backend
+def test_a_variant_has_the_options_of_the_registered_backend(model, tmp_path, monkeypatch):
+    from workbench.optimization.backends import known_backends
+    from workbench.optimization.variants import Variant, compile_variant
+
+    name = backend().name
+    with monkeypatch.context() as changed:
+        changed.setattr(known_backends()[name], "options", EngineOptions(cuda_graphs=True, refittable=True, cache=str(tmp_path / "cache")))
+        compile_variant(model, tmp_path / "variant", name, k=K)    # checks parity
+    options = engine_options(read_record(tmp_path / "variant")["options"])
+    assert options.cuda_graphs and options.refittable and any((tmp_path / "cache").iterdir())
+    inputs = example_inputs(LENGTH, ITEMS, 8)
+    ids, _ = Variant.load(tmp_path / "variant").callable()(*(each.numpy() for each in inputs))
+    assert share(ids, TopK(model, K)(*inputs)[0]) == 1.0
+
+
+@pytest.mark.gpu
+@needs_backend
 def test_a_refitted_engine_answers_as_the_retrained_model(program, tmp_path):
     engine, retrained = backend()(EngineOptions(refittable=True)), sasrec(seed=1)
     (tmp_path / "first").mkdir()
