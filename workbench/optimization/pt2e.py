@@ -117,9 +117,9 @@ def check_representative(
     times = max((times_outside(*pair) for layer in first for pair in
                  ((first[layer], second[layer]), (second[layer], first[layer]))), default=0.)
     if times > TIMES:
-        raise BackendError(f"{name} cannot calibrate with histories whose halves differ: one half goes out of the ranges "
-                           f"of the other {times:.1f} times as often as by chance, {TIMES} may be; draw them from all "
-                           "over the log, in no order")
+        raise BackendError(f"{name} cannot calibrate with histories whose halves differ: one leaves the ranges of the "
+                           f"other {times:.1f} times as often as by chance, {TIMES} may be; draw them from all over the "
+                           "log, in no order")
 
 # %% ../../nbs/optimization/20_pt2e.ipynb #27fedce1
 def module_path(node: fx.Node) -> str:  # e.g. "model.blocks.0.attention.query"; empty when it is not known
