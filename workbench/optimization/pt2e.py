@@ -118,8 +118,8 @@ def check_representative(
                  ((first[layer], second[layer]), (second[layer], first[layer]))), default=0.)
     if times > TIMES:
         raise BackendError(f"{name} cannot calibrate with histories whose halves differ: one leaves the ranges of the "
-                           f"other {times:.1f} times as often as by chance, {TIMES} may be; draw them from all over the "
-                           "log, in no order")
+                           f"other {times:.1f} times as often as by chance, {TIMES} may be; draw them from all over "
+                           "the log, in no order")
 
 # %% ../../nbs/optimization/20_pt2e.ipynb #27fedce1
 def module_path(node: fx.Node) -> str:  # e.g. "model.blocks.0.attention.query"; empty when it is not known
