@@ -73,8 +73,37 @@ def test_a_static_quantisation_is_refused_without_real_histories(trained, tmp_pa
         with pytest.raises(BackendError, match=message):
             compile_variant(run.model, tmp_path / "v", "onnxruntime", "int8_static", k=K, cases=cases)
     assert not (tmp_path / "v").exists()
-    monkeypatch.setattr("workbench.optimization.variants.check_calibration", lambda *_: None)   # the guard is what refuses it
+    for guard in ("variants.check_calibration", "quantise.check_representative"):               # the guards are what refuses it
+        monkeypatch.setattr(f"workbench.optimization.{guard}", lambda *_: None)
     assert compile_variant(run.model, tmp_path / "v", "onnxruntime", "int8_static", k=K, cases=one).compression == "int8_static"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "executorch"])
+def test_histories_that_do_not_stand_for_others_are_refused_by_every_static_quantisation(trained, tmp_path, backend):
+    "Ordinary ones pass: `test_each_compression_answers_on_each_of_its_backends`, and those of movielens-100k below."
+    if reason := known_backends()[backend].available():
+        pytest.skip(reason)
+    run, log = trained
+    cases = draw_cases(log.validation, LENGTH, 128)
+    draw = np.random.default_rng(0)
+    half, five = (replace(cases, items=np.where(cases.items > 0, draw.choice(some, cases.items.shape), 0))
+                  for some in (np.arange(100, 120), np.array([1, 50, 100, 150, 200])))
+    for shown, message in ((half.batches(1) + cases.batches(1), r"whose halves differ: .* times as often as by chance, 3 may be; draw them"),
+                           (cases.batches(1) + half.batches(1), "whose halves differ"), (five.batches(1), "that name 5 of 300 items: draw them")):
+        with pytest.raises(BackendError, match=message):
+            compile_variant(run.model, tmp_path / "v", backend, "int8_static", k=K, cases=shown)
+    assert not (tmp_path / "v").exists()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "executorch"])
+@pytest.mark.parametrize("most", [32, 256])
+def test_ordinary_histories_of_the_default_data_set_calibrate(tmp_path, backend, most):
+    if reason := known_backends()[backend].available():
+        pytest.skip(reason)
+    log = load("movielens-100k").histories()
+    torch.manual_seed(0)
+    model = SASRec(n_items=log.n_items, length=20, width=16, blocks=1).eval()
+    known_compressions()["int8_static"].program(model, K, backend, draw_cases(log.validation, 20, most).batches(1))
 
 
 def test_lossy_variants_still_have_a_floor(trained, tmp_path):

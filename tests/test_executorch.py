@@ -172,7 +172,7 @@ answer(np.ones((1, {LENGTH}), np.int64), np.full(1, {LENGTH}), np.zeros((1, 1), 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_an_int8_program_for_xnnpack_is_smaller_and_ranks_like_its_parent(variant, dynamic, tmp_path):
     model = encoder(blocks=1)
-    backends["executorch"].compile(quantise_program(export_program(model, K), histories(), "xnnpack", dynamic), tmp_path)
+    backends["executorch"].compile(quantise_program(export_program(model, K), histories(), dynamic), tmp_path)
     counts = {row["operator"]: row for row in delegation(tmp_path).rows}
     assert counts["linear"]["portable"] == 0
     assert not any("quantize" in name and row["portable"] for name, row in counts.items())
@@ -184,17 +184,16 @@ def test_an_int8_program_for_xnnpack_is_smaller_and_ranks_like_its_parent(varian
     assert 1e-4 < np.abs(scores - wanted_scores).max() < 1
 
 
-@pytest.mark.parametrize("kind", ["x86", "xnnpack"])
-def test_layers_that_are_skipped_stay_as_they_were(kind):
+def test_layers_that_are_skipped_stay_as_they_were():
     program = export_program(encoder(blocks=1), K)
     inputs = example_inputs(LENGTH, N_ITEMS, 9, 5)
     def scores(form): return form.module()(*inputs)[1]
     with torch.no_grad():
-        whole = quantise_program(program, histories(), kind, skip=linear_layers(program))
+        whole = quantise_program(program, histories(), skip=linear_layers(program))
         torch.testing.assert_close(scores(whole), scores(program))
-        part = quantise_program(program, histories(), kind, skip=["feed_forward"])
+        part = quantise_program(program, histories(), skip=["feed_forward"])
         assert not torch.equal(scores(part), scores(program))
-        assert not torch.equal(scores(part), scores(quantise_program(program, histories(), kind)))
+        assert not torch.equal(scores(part), scores(quantise_program(program, histories())))
 
 
 def test_calibration_that_covers_nothing_is_refused_with_the_figure():
@@ -205,7 +204,5 @@ def test_calibration_that_covers_nothing_is_refused_with_the_figure():
     for few in ([one], [one] * 50, [(np.zeros((4, LENGTH), int), np.ones(4, int), np.zeros((4, 1), int))]):
         with pytest.raises(BackendError, match=r"of which 1 differ"):
             quantise_program(program, few)
-    with pytest.raises(BackendError, match="quantisation for x86 failed"):
+    with pytest.raises(BackendError, match="quantisation for xnnpack failed"):
         quantise_program(program, [tuple(x[:, :3] if x.ndim == 2 else x for x in batch) for batch in histories()])
-    with pytest.raises(BackendError, match="use x86 or xnnpack"):
-        quantise_program(program, histories(), "arm")

@@ -61,6 +61,15 @@ def model():
     return sasrec()
 
 
+def two_of_four(model):
+    "Sets the two smaller of each four weights along a row to zero, in the linear layers: what `Sparsify` keeps while it trains."
+    with torch.no_grad():
+        for layer in (each for each in model.modules() if isinstance(each, torch.nn.Linear)):
+            fours = layer.weight.unflatten(1, (-1, 4))
+            layer.weight.mul_(torch.zeros_like(fours).scatter_(2, fours.abs().topk(2).indices, 1).flatten(1))
+    return model
+
+
 @pytest.fixture(scope="module")
 def program(model):
     return export_program(model, K)
@@ -230,7 +239,7 @@ def test_every_option_reaches_this_version_of_the_library(library):
     every = EngineOptions(optimisation_level=2, workspace=2**20, in_torch=("torch.ops.aten.topk.default",))
     settings = {each.name for each in fields(library.dynamo.CompilationSettings)}
     named = set(inspect.signature(library.dynamo.compile).parameters) - {"kwargs"}
-    assert set(compiler_keywords(every, dryrun=True, engine_cache_dir="x", timing_cache_path="y")) <= settings | named
+    assert set(compiler_keywords(every, dryrun=True, engine_cache_dir="x", timing_cache_path="y", sparse_weights=True)) <= settings | named
 
 
 @needs_library
@@ -357,6 +366,28 @@ def test_the_lowered_graph_answers_through_the_wrapper(library, model, program):
     assert not library.runtime._cudagraphs.get_cudagraphs_mode()
     with pytest.raises(BackendError, match="built for 1 to 32 histories and not for 33"):
         answer(*(each.numpy() for each in example_inputs(LENGTH, ITEMS, 33)))
+
+
+def told_of_zeros(model, name="none", **changes):
+    "Whether the builder was told to look for sparse weights, as each engine's settings have it."
+    options = EngineOptions(**changes)
+    built = compile_program(traced_again(compressed(model, name), options), options)
+    return {part.settings.sparse_weights for _, part in built.named_children() if hasattr(part, "serialized_engine")}
+
+
+SMALL = {"width": 16, "items": 200, "length": 10}
+
+
+@needs_library
+@precisions
+def test_the_builder_is_told_of_zeros_in_each_precision(library, name):
+    assert told_of_zeros(two_of_four(sasrec(**SMALL)), name) == {True}
+
+
+@needs_library
+def test_the_builder_is_not_told_of_zeros_that_are_not_there_or_not_wanted(library):
+    assert told_of_zeros(sasrec(**SMALL)) == {False}
+    assert told_of_zeros(two_of_four(sasrec(**SMALL)), sparse=False) == {False}
 
 
 def engines(module) -> dict[str, bytes]:
@@ -507,6 +538,39 @@ def test_each_precision_is_a_variant_that_answers_nearly_as_the_model(model, tmp
         assert scores.dtype == np.float32 and np.isfinite(scores).all() and (np.diff(scores, axis=1) <= 0).all()
         if batch == 256:
             assert share(ids, exact[0]) >= SHARES[name]
+
+
+@pytest.mark.gpu
+@needs_backend
+@pytest.mark.parametrize("name", ["none", "float16"])
+def test_a_two_of_four_network_answers_as_its_parent_does(tmp_path, name):
+    from workbench.optimization.variants import Variant, compile_variant
+
+    parent = two_of_four(sasrec(width=128))
+    compile_variant(parent, tmp_path / "variant", backend().name, name, k=K)    # checks parity
+    answer, inputs = Variant.load(tmp_path / "variant").callable(), example_inputs(LENGTH, ITEMS, 256)
+    ids, scores = answer(*(each.numpy() for each in inputs))
+    with torch.inference_mode():
+        exact = TopK(parent, K)(*inputs)
+    assert share(ids, exact[0]) >= SHARES[name]
+    np.testing.assert_allclose(scores, exact[1].numpy(), rtol=1e-4 if name == "none" else 0.02, atol=1e-4 if name == "none" else 0.02)
+
+
+@pytest.mark.gpu
+@needs_backend
+def test_a_variant_has_the_options_of_the_registered_backend(model, tmp_path, monkeypatch):
+    from workbench.optimization.backends import known_backends
+    from workbench.optimization.variants import Variant, compile_variant
+
+    name = backend().name
+    with monkeypatch.context() as changed:
+        changed.setattr(known_backends()[name], "options", EngineOptions(cuda_graphs=True, refittable=True, cache=str(tmp_path / "cache")))
+        compile_variant(model, tmp_path / "variant", name, k=K)    # checks parity
+    options = engine_options(read_record(tmp_path / "variant")["options"])
+    assert options.cuda_graphs and options.refittable and any((tmp_path / "cache").iterdir())
+    inputs = example_inputs(LENGTH, ITEMS, 8)
+    ids, _ = Variant.load(tmp_path / "variant").callable()(*(each.numpy() for each in inputs))
+    assert share(ids, TopK(model, K)(*inputs)[0]) == 1.0
 
 
 @pytest.mark.gpu

@@ -23,6 +23,7 @@ from ..models.ranker import Encoder
 from .backends import INPUTS, failures, import_openvino, quiet
 from .compress import Batches, Compression, compressions
 from .export import TopK, export_program, mask
+from .pt2e import check_representative, quantise_program
 from .rewrite import serving_form
 from .topk import ScanTopK, item_table
 
@@ -37,15 +38,15 @@ Files = Callable[[Path, Batches], None]   # changes what a backend has written t
 class Quantisation(Compression):
     "Fewer bits, by one function for each backend."
     files: tuple[tuple[str, Files], ...] = ()   # (backend, function)
-    kinds: tuple[tuple[str, str], ...] = ()     # (backend, quantiser of PT2E), where the program is quantised
+    before: tuple[str, ...] = ()                # backends for which the program is quantised before they see it
     agreement: float = 0.5                      # on random histories of any model; the gate looks at real ones
     exact: bool = False
 
     def program(self, model: "Ranker", k: int, backend: str = "", cases: Batches = ()) -> "ExportedProgram":
-        kind = dict(self.kinds).get(backend)
-        if kind is None: return super().program(model, k, backend, cases)
-        from workbench.optimization.pt2e import quantise_program
-        return quantise_program(export_program(serving_form(model), k), cases, kind)
+        if backend in self.before: return quantise_program(export_program(serving_form(model), k), cases)
+        found = super().program(model, k, backend, cases)
+        if self.calibrated: check_representative(self.name, found, cases)
+        return found
 
     def finish(self, folder: Path, backend: str = "", cases: Batches = ()) -> None:
         change = dict(self.files).get(backend)
@@ -165,7 +166,7 @@ for quantisation in (
     Quantisation(name="int8_dynamic", form=ScanTopK, only=("onnxruntime",), files=(("onnxruntime", onnx_dynamic),)),
     Quantisation(name="int8_static", form=ScanTopK, only=("onnxruntime", "openvino", "executorch"),
                  files=(("onnxruntime", onnx_static), ("openvino", openvino_static)), calibrated=True,
-                 kinds=(("executorch", "xnnpack"),)),
+                 before=("executorch",)),
     Quantisation(name="int8_weights", form=ScanTopK, only=("onnxruntime", "openvino"),
                  files=(("onnxruntime", onnx_weights(8)), ("openvino", openvino_weights(8)))),
     Quantisation(name="int4_weights", form=ScanTopK, only=("onnxruntime", "openvino"),

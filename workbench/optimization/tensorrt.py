@@ -23,8 +23,9 @@ import numpy as np
 from ..errors import BackendError, WorkbenchError
 from ..files import checksums, publish, read_json, verify, write_json
 from .backends import Answer, Backend, backends, failures, installed, quiet, reason
-from .tensorrt_options import (
-    EngineOptions, check_keywords, compiler_keywords, differences, engine_options, machine, open_cache, structure)
+from workbench.optimization.tensorrt_options import (
+    EngineOptions, check_keywords, compiler_keywords, differences, engine_options, machine, open_cache, structure,
+    zeros_to_skip)
 from ..tables import Table
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def compile_program(
     "Run the compiler; raises BackendError when it cannot be imported, ignores an option, or fails."
     library = import_tensorrt()
     with tempfile.TemporaryDirectory() as scratch:
-        mode: dict[str, Any] = {"dryrun": dry, "timing_cache_path": str(Path(scratch)/"timing")}
+        mode: dict[str, Any] = {"dryrun": dry, "timing_cache_path": str(Path(scratch)/"timing"),
+                                "sparse_weights": zeros_to_skip(program, options)}
         if options.cache is not None and not dry:
             made_for = {**machine(), "program": structure(program), "options": repr(options)}
             mode["engine_cache_dir"] = str(open_cache(options.cache, made_for))

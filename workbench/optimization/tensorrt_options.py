@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAVE_FORMATS', 'KINDS', 'DISTRIBUTIONS', 'MADE_FOR', 'near', 'EngineOptions', 'check_type', 'check_range',
-           'check_choices', 'engine_options', 'compiler_keywords', 'check_keywords', 'driver_version', 'machine',
-           'differences', 'structure', 'open_cache']
+           'check_choices', 'engine_options', 'compiler_keywords', 'in_fours', 'zeros_to_skip', 'check_keywords',
+           'driver_version', 'machine', 'differences', 'structure', 'open_cache']
 
 # %% ../../nbs/optimization/22_tensorrt_options.ipynb #4146f286
 import os, re
@@ -21,6 +21,7 @@ from ..files import private_folder, read_json, write_json
 from .backends import installed, reason
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.export import ExportedProgram
 
 # %% ../../nbs/optimization/22_tensorrt_options.ipynb #f61fb4b0
@@ -40,6 +41,7 @@ class EngineOptions:
     excluded: tuple[int, int, int] = (1, 20, 65_536) # excluded items of a history: fewest, tuned for, most
     save_format: str = "exported_program"            # or "aot_inductor", which compiles the rest as well
     refittable: bool = False                         # weights can be replaced in the engine
+    sparse: bool = True                              # skip the zeros of weights that are zero in two of each four
     cuda_graphs: bool = False                        # record the work of a shape once and replay it
     cache: str | None = None                         # folder for engines built before; None for no cache
     optimisation_level: int | None = None            # 0 to 5: how long to look for fast kernels; None for 3
@@ -59,7 +61,7 @@ class EngineOptions:
 # %% ../../nbs/optimization/22_tensorrt_options.ipynb #c36f8904
 KINDS: dict[str, tuple[type, ...]] = {
     "save_format": (str,), "cache": (str, Path, type(None)),
-    "tf32": (bool,), "refittable": (bool,), "cuda_graphs": (bool,), "assume_dynamic": (bool,),
+    "tf32": (bool,), "refittable": (bool,), "sparse": (bool,), "cuda_graphs": (bool,), "assume_dynamic": (bool,),
     "optimisation_level": (int, type(None)), "workspace": (int,), "smallest_engine": (int,),
     "batch": (tuple,), "excluded": (tuple,), "in_torch": (tuple,)}
 
@@ -109,7 +111,7 @@ def engine_options(
 # %% ../../nbs/optimization/22_tensorrt_options.ipynb #30384598
 def compiler_keywords(
     options: EngineOptions,   # what to build for
-    **mode: Any,              # names of the library: dryrun, device, engine_cache_dir
+    **mode: Any,              # names of the library: dryrun, sparse_weights, engine_cache_dir
 ) -> dict[str, Any]:          # for `torch_tensorrt.dynamo.compile`
     "Say the options in the library's names."
     found = {"min_block_size": options.smallest_engine, "workspace_size": options.workspace,
@@ -119,6 +121,19 @@ def compiler_keywords(
     if options.optimisation_level is not None: found["optimization_level"] = options.optimisation_level
     if options.in_torch: found["torch_executed_ops"] = set(options.in_torch)
     return found | mode
+
+# %% ../../nbs/optimization/22_tensorrt_options.ipynb #41ecfb3e
+def in_fours(weight: "Tensor") -> bool:
+    "Tell whether a matrix has two zeros or more in each four of a row, and is not all zero."
+    if weight.ndim != 2 or weight.shape[1] % 4 or not weight.any(): return False
+    return bool(((weight.reshape(-1, 4) != 0).sum(1) <= 2).all())
+
+def zeros_to_skip(
+    program: "ExportedProgram",   # of `export_program`
+    options: EngineOptions,       # what to build for
+) -> bool:                        # for `sparse_weights`
+    "Tell whether an engine may be built for sparse weights."
+    return options.sparse and not options.refittable and any(map(in_fours, program.state_dict.values()))
 
 # %% ../../nbs/optimization/22_tensorrt_options.ipynb #bf537dde
 def check_keywords(
