@@ -155,6 +155,7 @@ def bench(
         help="Sizes to measure throughput at, 1 to 256, with commas between; 1,8,32 unless given.")] = None,
     threads: Annotated[int | None, typer.Option(
         min=1, help="CPU threads of a variant; from settings.ini unless given.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep all variants on the same cores.")] = False,
     lengths: Lengths = None,
     catalogues: Catalogues = None,
     engines: Annotated[str, typer.Option(
@@ -177,7 +178,7 @@ def bench(
         kept = kept_benches(log)
         return emit(kept, kept.parts(), as_json)
     ranker = {"targets": listed(targets), "against": against, "smaller": listed(smaller),
-              "compressions": listed(compressions), "batches": numbers(batches, "--batches", 256), "threads": threads,
+              "compressions": listed(compressions), "batches": numbers(batches, "--batches", 256), "threads": threads, "pin": pin,
               "lengths": numbers(lengths, "--lengths"), "catalogues": numbers(catalogues, "--catalogues")}
     found = bench_any(model, ranker, {"engines": listed(engines), "texts": texts}, minutes=minutes, rounds=rounds,
                       output=output, progress=not as_json)

@@ -20,7 +20,8 @@ import numpy as np
 from ..errors import BackendError
 from ..files import read_json, write_json
 from workbench.optimization.index import (
-    IDS, MANIFEST, IndexMethod, ItemIndex, Progress, allowed, blocked_among, indexes, load_index, no_answer, recall, unwanted,
+    IDS, MANIFEST, IndexMethod, ItemIndex, Progress, allowed, blocked_among, indexes, load_index, no_answer, recall,
+    unwanted,
 )
 from ..tables import Table
 
