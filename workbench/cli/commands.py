@@ -178,7 +178,8 @@ def bench(
         kept = kept_benches(log)
         return emit(kept, kept.parts(), as_json)
     ranker = {"targets": listed(targets), "against": against, "smaller": listed(smaller),
-              "compressions": listed(compressions), "batches": numbers(batches, "--batches", 256), "threads": threads, "pin": pin,
+              "compressions": listed(compressions), "batches": numbers(batches, "--batches", 256),
+              "threads": threads, "pin": pin,
               "lengths": numbers(lengths, "--lengths"), "catalogues": numbers(catalogues, "--catalogues")}
     found = bench_any(model, ranker, {"engines": listed(engines), "texts": texts}, minutes=minutes, rounds=rounds,
                       output=output, progress=not as_json)
