@@ -355,7 +355,7 @@ def bench(
     bar, note = notes((2*len(pairs) + 1)*(1 + len(smaller)) + rounds, progress)
     with tempfile.TemporaryDirectory() as scratch, bar:
         here = Path(scratch)
-        shown = draw_cases(histories.validation, model.length, most=256)
+        shown = draw_cases(histories.validation, model.length, most=256, shuffled=True)
         conditions = Conditions(model=save_model(model, here/"model"), folder=folder/"variants", k=k, threads=threads,
                                 clock=Clock(minutes), note=note, asked=cases.save(here/"cases.npz"),
                                 shown=shown.save(here/"shown.npz"), batches=batches, cores=cores)

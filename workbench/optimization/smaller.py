@@ -154,7 +154,8 @@ def compress(
         own = Path(folder)/f"{number}-{step.name}" if folder else None
         done = one_step(step, model, histories, own, **options)
         model, lineage = done.model, [*lineage, *done.lineage]
-    cases = draw_cases(histories.validation, model.length, most=256).batches(1) if coarse.calibrated else ()
+    shown = draw_cases(histories.validation, model.length, most=256, shuffled=True)
+    cases = shown.batches(1) if coarse.calibrated else ()
     return Compressed(model.eval(), tuple(lineage), coarse.name, cases)
 
 # %% ../../nbs/optimization/12_smaller.ipynb #70243778

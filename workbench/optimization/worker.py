@@ -51,12 +51,14 @@ class Cases:
         return pieces
 
 def draw_cases(
-    split: Split,         # validation or test
-    length: int,          # columns of a history
-    most: int = 2000,     # cases at most, drawn evenly over the split
+    split: Split,            # validation or test
+    length: int,             # columns of a history
+    most: int = 2000,        # cases at most, drawn evenly over the split
+    shuffled: bool = False,  # in an order of their own; otherwise in the log's
 ) -> Cases:
     "Take histories and what followed them from a split."
     rows = np.linspace(0, len(split) - 1, min(most, len(split))).astype(np.int64)
+    if shuffled: rows = np.random.default_rng(0).permutation(rows)
     items, lengths = split.inputs(rows, length)
     exclude = split.seen(rows) if split.exclude_seen else np.zeros((len(rows), 1), np.int64)
     return Cases(items, lengths, exclude, split.targets[rows].astype(np.int64))
