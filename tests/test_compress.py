@@ -88,7 +88,7 @@ def test_histories_that_do_not_stand_for_others_are_refused_by_every_static_quan
     draw = np.random.default_rng(0)
     half, five = (replace(cases, items=np.where(cases.items > 0, draw.choice(some, cases.items.shape), 0))
                   for some in (np.arange(100, 120), np.array([1, 50, 100, 150, 200])))
-    for shown, message in ((half.batches(1) + cases.batches(1), r"whose halves differ: .* times as often as by chance, 3 may be; draw them"),
+    for shown, message in ((half.batches(1) + cases.batches(1), r"whose halves differ: .* times as often as by chance, 5 may be; draw them"),
                            (cases.batches(1) + half.batches(1), "whose halves differ"), (five.batches(1), "that name 5 of 300 items: draw them")):
         with pytest.raises(BackendError, match=message):
             compile_variant(run.model, tmp_path / "v", backend, "int8_static", k=K, cases=shown)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -291,7 +292,9 @@ class Watched(Worker):
 
     def close(self):
         threads = Path(f"/proc/{self.process.pid}/task")
-        self.cores.extend(os.sched_getaffinity(int(each.name)) for each in threads.glob("*"))
+        for each in threads.glob("*"):
+            with suppress(ProcessLookupError):                                # a thread that has just ended
+                self.cores.append(os.sched_getaffinity(int(each.name)))
         super().close()
 
 

@@ -2387,6 +2387,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'workbench/optimization/variants.py'),
                                                  'workbench.optimization.variants.compression_for': ( 'optimization/variants.html#compression_for',
                                                                                                       'workbench/optimization/variants.py'),
+                                                 'workbench.optimization.variants.digest_of': ( 'optimization/variants.html#digest_of',
+                                                                                                'workbench/optimization/variants.py'),
                                                  'workbench.optimization.variants.draw_inputs': ( 'optimization/variants.html#draw_inputs',
                                                                                                   'workbench/optimization/variants.py'),
                                                  'workbench.optimization.variants.fingerprint': ( 'optimization/variants.html#fingerprint',

@@ -42,7 +42,6 @@ class GraphIndex(ItemIndex):
     "Items in a graph of a library; a scan answers what a walk cannot."
     def __init__(self, vectors: np.ndarray, threads: int, method: "Graph"):
         super().__init__(vectors, threads)
-        self.limit = max(len(vectors)//SCAN_SHARE, 2*method.ef)
         self.longer, self.rounded = method.metric == "l2", getattr(method, "dtype", "f32") != "f32"
         self.ef = method.ef
 
@@ -53,7 +52,7 @@ class GraphIndex(ItemIndex):
 
     @ef.setter
     def ef(self, value: int) -> None:
-        self.width = value
+        self.width, self.limit = value, max(len(self.vectors)//SCAN_SHARE, 2*value)
         self.widen(value)
 
     def widen(self, ef: int) -> None:

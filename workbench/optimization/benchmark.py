@@ -25,12 +25,13 @@ from ..files import folder_size, sweep
 from ..models.ranker import Ranker, load_model, save_model
 from .backends import backends, installed
 from .choose import VariantTable
+from .compress import known_compressions
 from .machine import kept_speeds, machine
 from .plan import check_numbers, of_targets, plan, planned
 from .quality import gains, kept_share, same_lists
 from .rounds import read_rounds, round_key, write_round
 from .smaller import Compressed, one_step, reductions
-from .variants import Variant, fingerprint, variant_name
+from .variants import Variant, digest_of, fingerprint, variant_name
 from .worker import Cases, Worker, draw_cases, last_cores
 from ..settings import settings
 
@@ -121,7 +122,9 @@ def compiled_before(candidate: Candidate, conditions: Conditions) -> Variant | N
     except BackendError: return None
     wanted = fingerprint(load_model(candidate.model or conditions.model)), conditions.k, conditions.threads
     steps = [[(step["name"], step["to"]) for step in lineage] for lineage in (found.lineage, candidate.lineage)]
-    same = (found.parent, found.asked, found.threads) == wanted and steps[0] == steps[1]
+    calibrated = known_compressions()[candidate.compression].calibrated
+    shown = digest_of(Cases.load(conditions.shown).batches(1)) if calibrated else ""
+    same = (found.parent, found.asked, found.threads) == wanted and steps[0] == steps[1] and found.shown == shown
     return found if same and found.versions == backends[candidate.backend].versions() else None
 
 def compile_one(candidate: Candidate, conditions: Conditions) -> None:
@@ -331,7 +334,7 @@ def bench(
     model: Ranker,                                # of a registered class, in evaluation mode
     histories: Histories,                         # whose cases are asked about
     folder: str | Path | None = None,             # gets variants/ and table.json; None for a temporary folder
-    backends: Iterable[str] | None = None,        # None for all registered
+    backends: Iterable[str] | None = None,        # None for those of the processor
     compressions: Iterable[str] | None = None,    # None for all registered
     k: int | None = None,                         # items a variant returns; None for serving.max_k
     threads: int | None = None,                   # CPU threads a variant uses; None for serving.threads

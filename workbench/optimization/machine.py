@@ -11,6 +11,7 @@ __all__ = ['VECTORS', 'SIZES', 'GROUPS', 'OWN', 'ENGINES', 'DECIDES', 'SAME', 'p
 # %% ../../nbs/optimization/05_machine.ipynb #35187833
 import hashlib, json, os, platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -257,8 +258,10 @@ def machine_table(threads: int, packages: Iterable[str] = ("torch", "lightning")
 def kept_speeds(threads: int = 1) -> dict[str, Any]:  # as `measure_speeds` returns it
     "Return what some threads do at best here, and measure it where nobody has yet."
     path = settings().home/"machine"/f"{machine()['key']}-{threads}.json"
-    try: return read_json(path)
-    except WorkbenchError: return read_json(write_json(path, measure_speeds(2.0, threads)))
+    with suppress(WorkbenchError, OSError): return read_json(path)
+    measured = measure_speeds(2.0, threads)
+    with suppress(OSError): write_json(path, measured)              # a home that cannot be written costs a measurement
+    return json.loads(json.dumps(measured))                         # as it is read
 
 # %% ../../nbs/optimization/05_machine.ipynb #a916e919
 class Measured(Protocol):

@@ -61,6 +61,7 @@ def check_numbers(
     **counts: int,             # what else there has to be one of, at least, by name
 ) -> None:
     "Refuse numbers that nothing can be measured with; raises UsageError."
+    if not list(batches): raise UsageError("no batch is named that throughput could be measured at: give one or more")
     for name, count in [*counts.items(), *(("a batch", size) for size in batches)]:
         if not isinstance(count, Integral) or count < 1:
             raise UsageError(f"{name} is {count!r}: give a whole number, 1 or more")

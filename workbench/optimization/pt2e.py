@@ -63,7 +63,7 @@ def history_length(
     return int(next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[1])
 
 # %% ../../nbs/optimization/20_pt2e.ipynb #bb611ad6
-TIMES = 3     # the share outside of the other half's range that is refused, as a multiple of what alike halves have
+TIMES = 5     # the share outside of the other half's range that is refused, as a multiple of what alike halves have
 PIECE = 32    # histories run at once
 
 Range = tuple[Tensor, Tensor]   # lowest and highest float32[histories, channels]

@@ -56,7 +56,8 @@ class EngineOptions:
 
     def to_dict(self) -> dict[str, Any]:
         "Return the options as JSON holds them."
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+                for name, value in asdict(self).items()}
 
 # %% ../../nbs/optimization/22_tensorrt_options.ipynb #c36f8904
 KINDS: dict[str, tuple[type, ...]] = {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'FEWEST', 'CASES', 'variant_name', 'Variant', 'check_types', 'load_variant', 'check_shapes', 'largest',
-           'well_packed', 'check_values', 'load_answer', 'guarded', 'check_calibration', 'fingerprint',
+           'well_packed', 'check_values', 'load_answer', 'guarded', 'check_calibration', 'fingerprint', 'digest_of',
            'compression_for', 'compile_variant', 'draw_inputs', 'check_answer', 'check_parity']
 
 # %% ../../nbs/optimization/06_variants.ipynb #5903ccec
@@ -53,6 +53,7 @@ class Variant:
     lineage: list[dict[str, Any]] = field(default_factory=list)  # how its model came of another, first step first
     asked: int = 0              # items asked for; `k` is less in a smaller catalogue
     seconds: float = 0.0        # that compiling took
+    shown: str = ""             # digest of the histories it was calibrated on
     @property
     def name(self) -> str:
         "What people call it: the backend, what made its model smaller, and the compression when there is one."
@@ -75,9 +76,7 @@ class Variant:
         "Make it answer; input it cannot answer is a BackendError."
         return guarded(load_answer(self, threads or self.threads), self)
 
-    def to_dict(self) -> dict[str, Any]:
-        "Return what `variant.json` holds."
-        return {name: value for name, value in asdict(self).items() if name != "folder"}
+    def to_dict(self) -> dict[str, Any]: return {name: value for name, value in asdict(self).items() if name != "folder"}
 
 # %% ../../nbs/optimization/06_variants.ipynb #411f9703
 def check_types(variant: Variant) -> str:  # its name
@@ -187,6 +186,13 @@ def fingerprint(model: "Ranker") -> str:  # 16 hexadecimal digits
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
+def digest_of(cases: "Batches") -> str:  # 16 hexadecimal digits
+    "Return a short name for histories: another set of them calibrates otherwise."
+    import hashlib
+    digest = hashlib.sha256()
+    for part in (array for batch in cases for array in batch): digest.update(f"{part.shape}".encode() + part.tobytes())
+    return digest.hexdigest()[:16]
+
 def compression_for(chosen: "str | Compression", backend: str, cases: "Batches") -> "Compression":
     "Look a compression up; raises BackendError where it, or the backend, cannot be used."
     from workbench.optimization.compress import known_compressions
@@ -220,7 +226,7 @@ def compile_variant(
                           length=parent.length, max_batch=MAX_BATCH, max_exclude=MAX_EXCLUDE, threads=threads,
                           parent=fingerprint(model), processor="" if engine.portable else instruction_sets(),
                           versions=engine.versions(), files=checksums(aside), lineage=list(lineage), asked=k,
-                          seconds=time.monotonic() - began)
+                          seconds=time.monotonic() - began, shown=digest_of(cases) if smaller.calibrated else "")
         write_json(aside/RECORD, variant.to_dict())
         check_parity(variant.callable(), parent, smaller.agreement, smaller.exact)
     return Variant.load(folder)

@@ -93,7 +93,7 @@ class Roofline:
     own: bool = False                        # whether this process has measured it
 
     def __post_init__(self) -> None:
-        wanted = {"threads": (self.threads >= 1, "1 or more"),
+        wanted = {"threads": (isinstance(self.threads, int) and self.threads >= 1, "a whole number, 1 or more"),
                   "peak": ("float32" in self.peak and positive(self.peak.values()),
                            "finite GFLOP/s above 0, for float32 at least"),
                   "bandwidth": (self.bandwidth and positive([*self.bandwidth, *self.bandwidth.values()]),
