@@ -76,7 +76,7 @@ class Variant:
         "Make it answer; input it cannot answer is a BackendError."
         return guarded(load_answer(self, threads or self.threads), self)
 
-    def to_dict(self) -> dict[str, Any]: return {name: value for name, value in asdict(self).items() if name != "folder"}
+    def to_dict(self) -> dict[str, Any]: return {key: value for key, value in asdict(self).items() if key != "folder"}
 
 # %% ../../nbs/optimization/06_variants.ipynb #411f9703
 def check_types(variant: Variant) -> str:  # its name
