@@ -86,7 +86,7 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:  # state,
 
 def newest_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:  # state, facts; None: there is none
     "Read the newest state that is whole; raises `TrainingError` when there are some and none is."
-    sweep(folder)
+    for place in (folder, folder.parent): sweep(place)             # the best weights lie beside the states
     found = state_folders(folder)
     for path in reversed(found):
         try: return load_state(path)
