@@ -15,7 +15,7 @@ from workbench.evaluation.metrics import NAMES, estimate, measure
 from workbench.evaluation.protocol import Report, Slice
 from workbench.files import write_json
 from workbench.operations.report import write_report
-from workbench.operations.summary import Summary, variant_sentence
+from workbench.operations.summary import Summary
 
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(2)>"
 STEPS = ("prepare", "train", "evaluate", "optimize", "package", "report")
@@ -127,13 +127,6 @@ def test_a_complete_run_has_every_section(whole):
     for text in ("0.1181", "p50 [µs]", "sasrec-small", "4,321", "7 × user_id is missing", "seed = 0", "torch 2.13"):
         assert text in page.text
     assert len(whole) < 200_000
-
-
-def test_a_variant_that_is_not_proven_is_served_with_that_said():
-    facts = make_facts("item_knn")
-    assert "not proven" not in variant_sentence(facts)
-    facts["optimize"]["table"]["rows"][1] |= {"ndcg_low": 0.97, "ndcg_high": 1.03}
-    assert "100%: not proven, as its share of the NDCG@10 may be 0.9700 to 1.0300 on these cases." in variant_sentence(facts)
 
 
 def test_the_step_that_writes_the_page_is_not_a_problem(home, whole):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'data', 'Model', 'AnyModel', 'Run', 'Parameters', 'Ray', 'Name', 'Lengths', 'Catalogues', 'Bundle', 'Port',
            'Host', 'print_version', 'options', 'parse_parameters', 'run', 'resume', 'status', 'show', 'list_data',
-           'fetch_data', 'check_data', 'evaluate', 'typed', 'bench', 'advise', 'recommend', 'promote', 'serve', 'lab',
+           'fetch_data', 'check_data', 'evaluate', 'only', 'bench', 'advise', 'recommend', 'promote', 'serve', 'lab',
            'doctor', 'option_line', 'app_command', 'walk', 'reference']
 
 # %% ../../nbs/cli/07_commands.ipynb #a7f079e0
@@ -135,10 +135,12 @@ def evaluate(run: Run = "latest", as_json: Json = False) -> None:
     from workbench.cli.results import evaluate_again, find_run
     emit(evaluate_again(find_run(run, whole=True)), as_json=as_json)
 
-def typed(context: typer.Context) -> list[str]:  # such as MODEL and --minutes
-    "Name the arguments and options that stand on the command line, in whatever way their values came about."
+def only(context: typer.Context, flag: str, *others: str) -> None:
+    "Refuse arguments and options that stand on the command line beside a flag that measures nothing."
     there = [each for each in context.command.params if context.get_parameter_source(each.name).name == "COMMANDLINE"]
-    return [each.name.upper() if each.param_type_name == "argument" else each.opts[0] for each in there]
+    names = [each.name.upper() if each.param_type_name == "argument" else each.opts[0] for each in there]
+    wrong = " and ".join(name for name in names if name not in (flag, *others))
+    if wrong: raise UsageError(f"{wrong} cannot be had with {flag}, which measures nothing: leave it out")
 
 # %% ../../nbs/cli/07_commands.ipynb #b1b7c2ec
 @app.command()
@@ -156,6 +158,8 @@ def bench(
     threads: Annotated[int | None, typer.Option(
         min=1, help="CPU threads of a variant; from settings.ini unless given.")] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep all variants on the same cores.")] = False,
+    cases: Annotated[int | None, typer.Option(
+        min=1, help="Test cases that quality is judged on, at most; 10,000 unless given.")] = None,
     lengths: Lengths = None,
     catalogues: Catalogues = None,
     engines: Annotated[str, typer.Option(
@@ -173,13 +177,11 @@ def bench(
     from workbench.cli.optimization import bench_any, kept_benches, listed, numbers
     if log and not history: raise UsageError(f"--data {log} goes with --history: a model has its log")
     if history:
-        wrong = " and ".join(name for name in typed(context) if name not in ("--history", "--data", "--json"))
-        if wrong: raise UsageError(f"{wrong} cannot be had with --history, which measures nothing: leave it out")
-        kept = kept_benches(log)
-        return emit(kept, kept.parts(), as_json)
+        only(context, "--history", "--data", "--json")
+        return emit(kept := kept_benches(log), kept.parts(), as_json)
     ranker = {"targets": listed(targets), "against": against, "smaller": listed(smaller),
               "compressions": listed(compressions), "batches": numbers(batches, "--batches", 256),
-              "threads": threads, "pin": pin,
+              "threads": threads, "pin": pin, "cases": cases,
               "lengths": numbers(lengths, "--lengths"), "catalogues": numbers(catalogues, "--catalogues")}
     found = bench_any(model, ranker, {"engines": listed(engines), "texts": texts}, minutes=minutes, rounds=rounds,
                       output=output, progress=not as_json)

@@ -55,12 +55,16 @@ def subject(name: str) -> Subject:  # name: a run's id, "latest", or a folder wi
     return Subject(Path(name).resolve().name, model, histories, home/Path(name).resolve().name)
 
 # %% ../../nbs/cli/06_optimization.ipynb #495bb471
-def opponent(against: str, histories: "Histories") -> "Rival":  # against: "champion", or the folder of a bundle
+def opponent(
+    against: str,               # "champion", or the folder of a bundle
+    histories: "Histories",     # whose cases are asked about
+    **options: Any,             # of `rival_of`
+) -> "Rival":
     "Load a bundle to measure new variants against."
     from workbench.serving.bundle import Bundle
     from workbench.serving.incumbent import rival_of
     folder = champion_bundle() if against == "champion" else Path(against)
-    return rival_of(Bundle.load(folder), histories, "champion" if against == "champion" else folder.name)
+    return rival_of(Bundle.load(folder), histories, "champion" if against == "champion" else folder.name, **options)
 
 # %% ../../nbs/cli/06_optimization.ipynb #d4d0e24e
 FIGURES = ("p50", "p95", "p99", "ratio", "memory", "size", "load", "first", "first_token", "ndcg", "ndcg_share",
@@ -133,14 +137,15 @@ def bench_model(
     rounds: int = 12,                   # of measuring
     output: Path | None = None,         # gets the picture
     progress: bool = True,              # show a bar
-    **options: Any,                     # batches and threads of `bench`
+    **options: Any,                     # batches, threads, cases and pin of `bench`
 ) -> Bench:
     "Compile a model every way there is, measure each, and record what came out."
     from workbench.optimization.benchmark import bench, of_targets
     from workbench.tracking.runs import open_store
     check_picture(output, "--output")
     names, found = of_targets(targets or ["cpu"]), subject(name)
-    rival = opponent(against, found.histories) if against else None
+    asked = {"most": options["cases"]} if "cases" in options else {}
+    rival = opponent(against, found.histories, **asked) if against else None
     table = bench(found.model, found.histories, found.folder, names, compressions or None, minutes=minutes,
                   rounds=rounds, progress=progress, smaller=smaller, rival=rival, **options)
     decision, worse = concluded(table, rival is not None)

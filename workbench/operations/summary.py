@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import WorkbenchError
 from ..evaluation.metrics import Estimate
 from ..files import read_json
-from ..optimization.choose import FALLBACK, UNITS, Gate
+from ..optimization.choose import FALLBACK, UNITS
 from ..tables import Table
 
 # %% ../../nbs/operations/00_summary.ipynb #a0ec3c86
@@ -237,7 +237,7 @@ def variant_sentence(facts: Facts) -> str:
     row = next((each for each in rows if each["variant"] == chosen), {})
     if "p50" not in row: return ""
     verb = "Served" if "package" in facts else "To be served"
-    why = fact(facts, "optimize", "reason") if chosen == FALLBACK else Gate().doubt(row)
+    why = fact(facts, "optimize", "reason") if chosen == FALLBACK else ""
     return (f"{verb} as {chosen}, {row['ratio']:.2f} of the uncompiled model's latency ({row['p50']:,.0f} µs at batch "
             f"1), same top 10 in {spell_share(row['agreement'])}{f': {why}' if why else ''}.")
 

@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import BackendError, UsageError
 from ..files import read_json, write_json
 from .benchmark import Clock, alive, gains, machine
-from .choose import Decision, Gate, Measured, of_columns, remark
+from .choose import Decision, Gate, Measured, explained, forgone, of_columns
 from .quality import kept_share
 from .sentence_encoder import (
     SentenceEncoder, compile_encoder, encoder_forms, load_encoder, tokens_of)
@@ -47,7 +47,7 @@ def found_again(
     parent: np.ndarray,                 # float32[n, width], of the model
     queries: np.ndarray | None = None,  # float32[n, width]: query i looks for document i
     parent_queries: np.ndarray | None = None,
-) -> dict[str, float]:                  # "cosine" with the model, "same" share of neighbours, "ndcg" and its share
+) -> dict[str, float]:                  # "cosine" with the model, "same" share of neighbours, "ndcg", share, "cases"
     "Compare what two encoders find."
     pairs = zip(best(documents, documents, True), best(parent, parent, True), strict=True)
     same = np.mean([len(np.intersect1d(a, b))/len(b) for a, b in pairs])
@@ -57,7 +57,8 @@ def found_again(
     sides = (queries, documents), (parent_queries, parent)
     ours, theirs = (gains(best(*side), targets) for side in sides)
     row |= {"ndcg": float(ours.mean()), "ndcg_share": 1.0 if not theirs.any() else float(ours.mean()/theirs.mean())}
-    return row | ({"ndcg_low": kept.low, "ndcg_high": kept.high} if (kept := kept_share(ours, theirs)) else {})
+    kept = kept_share(ours, theirs)
+    return row | ({"ndcg_low": kept.low, "ndcg_high": kept.high, "cases": len(targets)} if kept else {})
 
 # %% ../../nbs/optimization/47_encoder_bench.ipynb #be85e97e
 ENCODER_COLUMNS = {"variant": "form", "p50": "p50", "ratio": "of the reference", "throughput": "32",
@@ -72,14 +73,16 @@ def refuse_encoder(row: Mapping[str, Any], kept: float) -> str | None:  # None w
     if row["status"] == "reference": return "it is what the forms are compared with"
     if row["status"] != "ok": return row.get("reason") or row["status"]
     share = row.get("ndcg_share", row["same"])
-    return None if share >= kept else f"{share:.4f} of what the model finds is found, {kept:.4f} must be"
+    if share < kept: return f"{share:.4f} of what the model finds is found, {kept:.4f} must be"
+    return Gate(ndcg=kept).unproven({"ndcg_share": share, **row})
 
 # %% ../../nbs/optimization/47_encoder_bench.ipynb #d9938eb0
 class EncoderTable(Measured):
     "Every form of a sentence encoder, measured on one machine; they lie in `forms`."
     def table(self) -> Table:
         "Return what people read."
-        return of_columns(self.rows, ENCODER_COLUMNS, ENCODER_TITLE.format(**self.facts), ENCODER_UNITS)
+        rows = explained(self.rows, lambda row: refuse_encoder(row, settings().gates.ndcg))
+        return of_columns(rows, ENCODER_COLUMNS, ENCODER_TITLE.format(**self.facts), ENCODER_UNITS)
 
     def decide(self, kept: float | None = None) -> Decision:  # kept: None for the gate in the settings
         "Say which form to serve, and why."
@@ -89,7 +92,7 @@ class EncoderTable(Measured):
         fastest = min(passing, key=lambda row: row["p50"])
         return Decision(fastest["variant"],
                         f"fastest at batch 1 of {len(passing)} that keep {kept:.1%} of what is found"
-                        + remark(fastest, passing, Gate(ndcg=kept)))
+                        + forgone(self.rows, fastest, lambda row: refuse_encoder(row, kept)))
 
     def plot(self, kept: float | None = None) -> "Figure":
         "Plot the time of a sentence against what is found, with the gate."

@@ -15,7 +15,7 @@ from ..data.histories import Histories, Split, repeated
 from ..errors import BundleError, WorkbenchError
 from ..evaluation.protocol import LISTED, Ranking, Report, evaluate_ranking
 from ..optimization.benchmark import Rival
-from ..optimization.worker import Cases
+from ..optimization.worker import ASKED, Cases
 from .bundle import Bundle
 from .engine import Engine, first_allowed
 from ..settings import settings
@@ -68,7 +68,7 @@ def rival_of(
     histories: Histories,      # whose cases are asked about
     name: str = "champion",    # in the table
     split: str = "test",       # or "validation"
-    most: int = 2000,          # cases at most, drawn evenly
+    most: int = ASKED,         # cases at most, drawn evenly
 ) -> Rival:                    # raises BundleError when the bundle knows none of the items
     "Turn a bundle into something to measure new variants against."
     variant, part = bundle.variant, getattr(histories, split)
@@ -79,8 +79,8 @@ def rival_of(
     if not rows: raise BundleError(f"the bundle {bundle.folder} knows no item of {histories.name}: give another")
     seen = [np.unique(known)[-variant.max_exclude:] if part.exclude_seen else known[:0] for known, _ in rows]
     recent = [known[-variant.length:] for known, _ in rows]
-    return Rival(name, variant.folder, Cases(padded(recent, variant.length), np.array([len(each) for each in recent]),
-                                             padded(seen), np.array([target for _, target in rows])))
+    lengths, targets = np.array([len(each) for each in recent]), np.array([target for _, target in rows])
+    return Rival(name, variant.folder, Cases.of(padded(recent, variant.length), lengths, seen, targets))
 
 def padded(rows: list[np.ndarray], width: int = 1) -> np.ndarray:  # int64[m, the longest, at least `width`]
     "Put rows of different lengths under each other, zeros after them."
