@@ -43,7 +43,7 @@ test: export WORKBENCH_PATHS_HOME = .workbench/test
 test: export PATH := $(CURDIR)/$(BIN):$(PATH)
 test: $(READY) ## run every notebook and every test
 	nbdev-test --n-workers 2 --timing
-	pytest --numprocesses 2 --dist loadfile
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(READY) $(if $(filter training convergence,$(BENCH)),$(PEERS)) ## run the benchmark notebooks and write their dated pages (long; BENCH="prepare" for one of them)
 	umask 077; mkdir -p .workbench/benchmarks

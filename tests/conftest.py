@@ -1,6 +1,7 @@
 """What every test shares: where the data sets are, and a home of its own for what a test writes."""
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+FIRST = ("test_scaling.py", "test_pipeline.py", "test_nightly.py")    # few tests that take minutes: last, they would keep one process waiting
+
+
 def pytest_collection_modifyitems(items):
-    "Skip what is marked `gpu` where there is no NVIDIA GPU, with the reason."
+    "Begin with the longest files, and skip what is marked `gpu` where there is no NVIDIA GPU, with the reason."
+    many = Counter(item.path for item in items)
+    items.sort(key=lambda item: (FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST), -many[item.path], str(item.path)))
     if not any("gpu" in item.keywords for item in items):
         return
     import torch

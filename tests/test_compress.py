@@ -16,7 +16,7 @@ from workbench.models.sequential import HSTU, ESASRec, SASRec
 from workbench.models.two_tower import TwoTower
 from workbench.optimization.backends import known_backends
 from workbench.optimization.benchmark import Rival, bench, of_targets, plan
-from workbench.optimization.choose import regressions
+from workbench.optimization.choose import Gate, regressions
 from workbench.optimization.compress import known_compressions
 from workbench.optimization.export import TopK
 from workbench.optimization.prune import magnitude_masks, prune, recipe_for, sizes
@@ -239,6 +239,18 @@ def test_the_bench_trains_smaller_models_and_says_which_cannot_be(trained, tmp_p
     rows = bench(popular, log, tmp_path / "p", backends=["onnxruntime"], compressions=["none"], k=K, rounds=2, progress=False,
                  smaller=["pruned"]).rows
     assert any("has no heads" in (row["reason"] or "") for row in rows)
+
+
+def test_a_variant_is_released_only_when_it_is_proven(trained, tmp_path):
+    run, log = trained
+    table = bench(run.model, log, tmp_path / "b", backends=["onnxruntime"], compressions=["none", "int4_weights"], k=K, rounds=2,
+                  progress=False)
+    coarse = next(row for row in table.rows if row["compression"] == "int4_weights")
+    low, share = coarse["ndcg_low"], coarse["ndcg_share"]
+    assert low < min(share, 0.995) and coarse["cases"] == table.facts["cases"] == 400 and table.decide().variant == "onnxruntime"
+    assert Gate(ndcg=low).refusal(coarse) is None
+    between = Gate(ndcg=(low + share) / 2).refusal(coarse)
+    assert between.startswith("not proven: NDCG@10 is ") and between.endswith("some 2,000 cases would prove it, if the share stays")
 
 
 def test_a_slower_variant_is_named_with_its_figure(trained, tmp_path):
