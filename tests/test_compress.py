@@ -266,7 +266,7 @@ def test_a_slower_variant_is_named_with_its_figure(trained, tmp_path):
 
 
 def test_targets_choose_backends():
-    assert of_targets(["edge"]) == ["executorch"] and set(of_targets(["gpu"])) == {"tensorrt", "tensorrt-rtx"}
+    assert of_targets(["edge"]) == ["executorch"] and set(of_targets(["gpu"])) == {"tensorrt", "tensorrt-graphs", "tensorrt-rtx"}
     assert all(backend == "executorch" for backend, _ in plan(of_targets(["edge"])))
     with pytest.raises(BackendError, match="no target 'phone'"):
         of_targets(["phone"])

@@ -257,7 +257,8 @@ class OpenVINO(Backend):
         return answer
 
 # %% ../../nbs/optimization/03_backends.ipynb #449f891f
-ELSEWHERE = {"executorch": "executorch", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}   # name → its module
+ELSEWHERE = {"executorch": "executorch", "tensorrt": "tensorrt", "tensorrt-graphs": "tensorrt",
+             "tensorrt-rtx": "tensorrt"}   # name → its module
 
 class Backends(Registry[Backend]):
     "The registry of backends; one of another module is looked for there when it is asked for."

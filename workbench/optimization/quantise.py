@@ -143,7 +143,7 @@ class CoarseEncoder(TopK):
         return mask(self.model.encode(items, lengths).float() @ self.table, exclude)
 
 # %% ../../nbs/optimization/11_quantise.ipynb #92dc842e
-GPU = ("tensorrt", "tensorrt-rtx")   # backends that compute in the precision of the program
+GPU = ("tensorrt", "tensorrt-graphs", "tensorrt-rtx")   # backends that compute in the precision of the program
 
 class Cast(TopK):
     "The precision that the model is in, the scores that come back in float32."

@@ -6,7 +6,7 @@
 __all__ = ['TWINS', 'Place', 'RECORD', 'FILE', 'why_not', 'import_tensorrt', 'traced_again', 'device', 'tuned_inputs',
            'dynamic_shapes', 'input_ranges', 'compile_program', 'places', 'why_in_torch', 'operator_name', 'dry_run',
            'write_record', 'read_record', 'save_compiled', 'open_compiled', 'check_fits', 'answering', 'refit',
-           'TensorRT', 'TensorRTX']
+           'TensorRT', 'TensorRTX', 'TensorRTGraphs']
 
 # %% ../../nbs/optimization/23_tensorrt.ipynb #23b79bdc
 import tempfile
@@ -294,4 +294,10 @@ class TensorRTX(TensorRT):
     "Torch-TensorRT over TensorRT-RTX, on one NVIDIA GPU."
     name, needs = "tensorrt-rtx", ("torch", "torch-tensorrt-rtx", "tensorrt-rtx")
 
-for backend in (TensorRT(), TensorRTX()): backends.register(backend.name, backend)
+class TensorRTGraphs(TensorRT):
+    "The same as `TensorRT`, with CUDA graphs: the work of a shape is recorded once and replayed."
+    name = "tensorrt-graphs"
+
+    def __init__(self): super().__init__(EngineOptions(cuda_graphs=True))
+
+for backend in (TensorRT(), TensorRTGraphs(), TensorRTX()): backends.register(backend.name, backend)
