@@ -1401,6 +1401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'workbench/optimization/choose.py'),
                                                'workbench.optimization.choose.pareto_front': ( 'optimization/choose.html#pareto_front',
                                                                                                'workbench/optimization/choose.py'),
+                                               'workbench.optimization.choose.plain_ticks': ( 'optimization/choose.html#plain_ticks',
+                                                                                              'workbench/optimization/choose.py'),
                                                'workbench.optimization.choose.plot_front': ( 'optimization/choose.html#plot_front',
                                                                                              'workbench/optimization/choose.py'),
                                                'workbench.optimization.choose.readable': ( 'optimization/choose.html#readable',

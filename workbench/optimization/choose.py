@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FALLBACK', 'Refusal', 'ALLOWED', 'STEADY', 'SAID', 'Ratio', 'UNITS', 'COLUMNS', 'TITLE', 'TERMINAL', 'Gate',
            'Decision', 'forgone', 'decide', 'compared', 'chance', 'regressions', 'pareto_front', 'of_columns',
-           'explained', 'readable', 'Measured', 'VariantTable', 'number_points', 'plot_front']
+           'explained', 'readable', 'Measured', 'VariantTable', 'plain_ticks', 'number_points', 'plot_front']
 
 # %% ../../nbs/optimization/09_choose.ipynb #39d9bec0
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,6 +23,7 @@ from ..tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # %% ../../nbs/optimization/09_choose.ipynb #e47842b9
@@ -245,6 +246,13 @@ class VariantTable(Measured):
     def __rich__(self): return readable(self.rows, self.facts, TERMINAL).__rich__()
 
 # %% ../../nbs/optimization/09_choose.ipynb #ddad1f66
+def plain_ticks(axis: "Axis") -> None:
+    "Write the numbers of a logarithmic axis as people do, at 1, 2 and 5 of each power of ten."
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
+
 def number_points(
     axes: "Axes",
     places: Mapping[str, tuple[float, float]],  # name → where it stands
@@ -282,4 +290,5 @@ def plot_front(rows: Sequence[Mapping[str, Any]], gate: Gate) -> "Figure":
             axes.vlines(row["p50"], row["ndcg_low"], row["ndcg_high"], color=colours[name], linewidth=0.8, zorder=0)
     axes.axhline(gate.ndcg, linestyle="--", linewidth=0.8, color="C3")
     axes.set(xscale="log", xlabel="median at batch 1 [µs]", ylabel="NDCG@10, as a share of the parent's")
+    plain_ticks(axes.xaxis)
     return figure

@@ -19,7 +19,7 @@ from ..data.histories import Histories, pack
 from ..errors import BackendError
 from ..models.items import ItemEncoder
 from .benchmark import bench
-from .choose import UNITS, VariantTable
+from .choose import UNITS, VariantTable, plain_ticks
 from ..tables import Table
 
 if TYPE_CHECKING:
@@ -135,5 +135,10 @@ def plot_grid(grid: Grid) -> "Figure":
         if row: right.plot(sizes, [row[f"throughput_{size}"] for size in sizes], **style)
     left.set(xscale="log", yscale="log", xlabel="items", ylabel="median at batch 1 [µs]", title=f"{shortest} long")
     right.set(xscale="log", yscale="log", xlabel="batch", ylabel="histories a second", title=f"{max(tables):,} items")
-    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    for axes, places in ((left, sorted(tables)), (right, sizes)):
+        axes.set_xticks(places, [f"{place:,}" for place in places])
+        axes.minorticks_off()
+        plain_ticks(axes.yaxis)
+    named = {name: line for axes in (left, right) for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, fontsize=7, loc="outside center right", frameon=False)
     return figure
