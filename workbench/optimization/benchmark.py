@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BATCHES', 'SECONDS', 'RANKING', 'RIVAL', 'ROUNDS', 'ON_GPU', 'Candidate', 'alive', 'Clock', 'Conditions',
-           'compiled_before', 'compile_one', 'open_one', 'judge', 'measure_one', 'measure', 'by_round', 'ratios',
-           'summarise', 'shrunk', 'plain_lineage', 'Rival', 'compare_with', 'references', 'facts_of', 'notes',
-           'compete', 'bench']
+           'compiled_before', 'compile_one', 'open_one', 'open_all', 'judge', 'measure_one', 'measure', 'by_round',
+           'ratios', 'summarise', 'shrunk', 'plain_lineage', 'Rival', 'tail', 'against', 'references', 'facts_of',
+           'notes', 'compete', 'bench']
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #8e635ed5
 import json, shutil, tempfile, time
@@ -89,7 +89,7 @@ class Clock:
 
 BATCHES = (1, 8, 32)   # throughput is measured at these
 SECONDS = 0.15         # of every measurement in a round
-RANKING = 60.          # seconds that everybody may take to answer all cases, though the budget be used up
+RANKING = 10.          # seconds that the model itself may answer cases, at least
 RIVAL = "rival.npz"    # a rival's cases, beside those of the others
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,8 @@ def compile_one(candidate: Candidate, conditions: Conditions) -> None:
     except BackendError as error: candidate.fail(error)
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #61033656
-def open_one(candidate: Candidate, conditions: Conditions) -> None:
-    "Start a candidate's process, load it and let it answer every case."
+def open_one(candidate: Candidate, conditions: Conditions, patience: float = 300., **asked: Any) -> dict[str, Any]:
+    "Start a candidate's process, load it and let it answer cases; return how many, and the seconds taken."
     conditions.note(f"loading {candidate.name}")
     k = conditions.k if candidate.status == "reference" else 0
     cases = candidate.figures.pop("cases", conditions.asked)
@@ -160,26 +160,38 @@ def open_one(candidate: Candidate, conditions: Conditions) -> None:
                                       threads=conditions.threads, batches=conditions.batches,
                                       device="cuda" if candidate.target == "gpu" else "cpu")
         answers = cases.with_name(f"{candidate.name}.npz")
-        candidate.worker.ask("rank", max(RANKING, conditions.clock.end - time.monotonic()), path=str(answers))
+        ranked = candidate.worker.ask("rank", patience, path=str(answers), **asked)
         candidate.figures |= {"load": loaded["seconds"], "first": loaded["first"], "answers": answers}
-    except BackendError as error: candidate.fail(error)
+        return ranked
+    except BackendError as error:
+        candidate.fail(error)
+        return {}
+
+def open_all(candidates: list[Candidate], conditions: Conditions) -> None:
+    "Open the reference, which sets how many cases there is time for, and then everybody else."
+    reference, *others = candidates
+    ranked = open_one(reference, conditions, seconds=max(RANKING, 6*conditions.clock.minutes))   # a tenth of the budget
+    if reference.status == "failed": raise BackendError(f"the model itself cannot be measured: {reference.reason}")
+    for candidate in others:
+        open_one(candidate, conditions, max(60., 10*ranked["seconds"]), most=ranked["cases"])
 
 def judge(candidates: list[Candidate], reference: Candidate, targets: np.ndarray) -> None:
     "Turn answers into agreement and NDCG@10 with the interval of its share, and refuse scores that are not numbers."
     with np.load(reference.figures.pop("answers")) as answers: parent = answers["ids"], answers["scores"]
+    targets = targets[:len(parent[0])]
     parents = gains(parent[0], targets)
     whole = float(parents.mean())
-    reference.figures |= {"ndcg": whole, "ndcg_share": 1.0, "agreement": 1.0}
+    reference.figures |= {"ndcg": whole, "ndcg_share": 1.0, "agreement": 1.0, "cases": len(targets)}
     for candidate in alive(candidates):
         with np.load(candidate.figures.pop("answers")) as answers: ids, scores = answers["ids"], answers["scores"]
         if np.isnan(scores).any(): candidate.fail(BackendError("its scores on real histories are not numbers"))
         own = candidate.figures.pop("targets", targets)
-        found = gains(ids, own)
+        found = gains(ids, own[:len(ids)])
         share = found.mean()/whole if whole else float(found.mean() == whole)
         candidate.figures |= {"ndcg": float(found.mean()), "ndcg_share": float(share)}
         if own is not targets: continue                                             # of another model: not case by case
-        candidate.figures["agreement"] = float(same_lists(ids, scores, *parent).mean())
-        if not (kept := kept_share(found, parents)): continue
+        candidate.figures["agreement"] = agreement = float(same_lists(ids, scores, *parent).mean())
+        if not (kept := kept_share(found, parents, same=agreement == 1)): continue
         candidate.figures |= {"ndcg_low": kept.low, "ndcg_high": kept.high, "cases": len(targets)}
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #9eca162e
@@ -214,11 +226,9 @@ def measure(candidates: list[Candidate], rounds: int, conditions: Conditions) ->
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #674ea500
 def by_round(candidate: Candidate) -> dict[str, np.ndarray]:  # figure → one of each round, in which more is worse
-    "Return median, p99 and the time of a request in batches of each size."
-    figures = {"p50": [np.median(taken) for taken in candidate.rounds],
-               "p99": [np.percentile(taken, 99) for taken in candidate.rounds]}
+    "Return the median, and the time of a request in batches of each size."
     slow = {f"throughput_{batch}": 1/np.array(counts) for batch, counts in candidate.counts.items()}
-    return {name: np.array(each) for name, each in figures.items()} | slow
+    return {"p50": np.array([np.median(taken) for taken in candidate.rounds]), **slow}
 
 def ratios(candidate: Candidate, other: Candidate) -> dict[str, np.ndarray]:  # figure → one of each round
     "Divide the figures of two candidates, round by round."
@@ -281,16 +291,24 @@ class Rival(NamedTuple):
         return Candidate(self.name, "none", "rival", model=self.folder, target=target,
                          figures={"cases": cases, "targets": self.cases.targets, "size": folder_size(self.folder)/1e6})
 
-def compare_with(rows: list[dict[str, Any]], everybody: list[Candidate], rival: Candidate) -> None:
-    "Add to each measured row how its times stand to a rival's: the median over rounds, and 19 of 20 resamples."
-    draw = np.random.default_rng(0)
-    for row, candidate in zip(rows, everybody, strict=True):
-        if candidate.status != "ok": continue
-        for figure, found in ratios(candidate, rival).items():
-            name = "against" if figure == "p50" else f"against_{figure}"
-            again = np.median(draw.choice(found, (2000, len(found))), axis=1)
-            row |= {name: float(np.median(found)), f"{name}_low": float(np.percentile(again, 2.5)),
-                    f"{name}_high": float(np.percentile(again, 97.5))}
+def tail(candidate: Candidate, picked: Iterable[int]) -> float:  # µs
+    "Return the p99 of the calls of some rounds together: a round of a slow variant has too few."
+    return float(np.percentile(np.concatenate([candidate.rounds[turn] for turn in picked]), 99))
+
+def against(candidate: Candidate, rival: Candidate) -> dict[str, float]:
+    "Divide a candidate's times by a rival's, with an interval from resampled rounds, the same ones of both."
+    count = min(len(candidate.rounds), len(rival.rounds))
+    picked = np.random.default_rng(0).integers(count, size=(2000, count))
+    paired = ratios(candidate, rival)
+    found = {name: (np.median(each), np.median(each[picked], axis=1)) for name, each in paired.items()}
+    tails = [tail(candidate, each)/tail(rival, each) for each in (range(count), *picked[:400])]
+    found["p99"] = tails[0], np.array(tails[1:])
+    row = {}
+    for figure, (value, again) in found.items():
+        name = "against" if figure == "p50" else f"against_{figure}"
+        ends = np.percentile(again, [2.5, 97.5])
+        row |= {name: float(value), f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
+    return row
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #2c9d60b2
 ON_GPU = "reference on cuda"
@@ -333,14 +351,13 @@ def compete(
         stack.callback(lambda: [candidate.worker.close() for candidate in everybody if candidate.worker])
         for candidate in candidates:
             if candidate.status == "ok": compile_one(candidate, conditions)
-        for candidate in alive(everybody): open_one(candidate, conditions)
-        if reference.status == "failed": raise BackendError(f"the model itself cannot be measured: {reference.reason}")
+        open_all(alive(everybody), conditions)
         judge([*elsewhere, *others, *candidates], reference, targets)
         measure(everybody, rounds, conditions)
         if reference.status == "failed": raise BackendError(f"the model itself cannot be measured: {reference.reason}")
         rows = [summarise(candidate, reference) for candidate in everybody]
-        for other in alive(others): compare_with(rows, everybody, other)
-        return tuple(rows)
+        return tuple(row | (against(candidate, *others) if candidate.status == "ok" and alive(others) else {})
+                     for row, candidate in zip(rows, everybody, strict=True))
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #a14967b3
 def bench(
@@ -367,7 +384,7 @@ def bench(
     begun, smaller, batches = time.monotonic(), list(smaller), tuple(batches)
     check_numbers(batches, minutes, k=k, threads=threads, rounds=rounds, cases=cases)
     pairs, cores = planned(backends, compressions, smaller), last_cores(threads) if pin else []
-    folder, drawn = Path(folder or tempfile.mkdtemp()), draw_cases(getattr(histories, split), model.length, cases)
+    folder, drawn = Path(folder or tempfile.mkdtemp()), draw_cases(getattr(histories, split), model.length, cases, True)
     sweep(folder/"variants")
     bar, note = notes((2*len(pairs) + 1)*(1 + len(smaller)) + rounds, progress)
     with tempfile.TemporaryDirectory() as scratch, bar:
@@ -381,7 +398,7 @@ def bench(
                        shrunk(way, model, histories, folder, pairs, conditions, minutes/2/len(smaller))]
         try: rows = compete(candidates, drawn.targets, rounds, conditions, rival)
         finally: sweep(folder/"variants")                                       # of workers that were ended
-    facts = facts_of(model, histories, k=k, threads=threads, split=split, cases=len(drawn.targets), pinned=cores,
+    facts = facts_of(model, histories, k=k, threads=threads, split=split, cases=rows[0]["cases"], pinned=cores,
                      batches=list(batches), seconds=time.monotonic() - begun)
     table = VariantTable(rows, folder, facts)
     table.save()

@@ -19,6 +19,7 @@ from ..errors import BackendError, UsageError
 from ..files import read_json, write_json
 from .benchmark import Clock, alive, gains, machine
 from .choose import Decision, Gate, Measured, explained, forgone, of_columns
+from ..evaluation.metrics import estimate
 from .quality import kept_share
 from .sentence_encoder import (
     SentenceEncoder, compile_encoder, encoder_forms, load_encoder, tokens_of)
@@ -50,14 +51,16 @@ def found_again(
 ) -> dict[str, float]:                  # "cosine" with the model, "same" share of neighbours, "ndcg", share, "cases"
     "Compare what two encoders find."
     pairs = zip(best(documents, documents, True), best(parent, parent, True), strict=True)
-    same = np.mean([len(np.intersect1d(a, b))/len(b) for a, b in pairs])
-    row = {"cosine": float((documents*parent).sum(1).min()), "same": float(same)}
+    shares = np.array([len(np.intersect1d(a, b))/len(b) for a, b in pairs])
+    same = estimate(shares, settings().gates.confidence)
+    row = {"cosine": float((documents*parent).sum(1).min()), "same": same.value, "same_low": same.low,
+           "same_high": same.high}
     if queries is None: return row
     targets = np.arange(len(documents))
-    sides = (queries, documents), (parent_queries, parent)
-    ours, theirs = (gains(best(*side), targets) for side in sides)
+    lists = best(queries, documents), best(parent_queries, parent)
+    ours, theirs = (gains(each, targets) for each in lists)
     row |= {"ndcg": float(ours.mean()), "ndcg_share": 1.0 if not theirs.any() else float(ours.mean()/theirs.mean())}
-    kept = kept_share(ours, theirs)
+    kept = kept_share(ours, theirs, same=np.array_equal(*lists))
     return row | ({"ndcg_low": kept.low, "ndcg_high": kept.high, "cases": len(targets)} if kept else {})
 
 # %% ../../nbs/optimization/47_encoder_bench.ipynb #be85e97e
@@ -72,9 +75,13 @@ def refuse_encoder(row: Mapping[str, Any], kept: float) -> str | None:  # None w
     "Say why a form may not be chosen."
     if row["status"] == "reference": return "it is what the forms are compared with"
     if row["status"] != "ok": return row.get("reason") or row["status"]
-    share = row.get("ndcg_share", row["same"])
+    what = "ndcg" if "ndcg_share" in row else "same"
+    share, low, high = row.get("ndcg_share", row["same"]), row.get(f"{what}_low"), row.get(f"{what}_high")
     if share < kept: return f"{share:.4f} of what the model finds is found, {kept:.4f} must be"
-    return Gate(ndcg=kept).unproven({"ndcg_share": share, **row})
+    if what == "ndcg": return Gate(ndcg=kept).unproven(row)
+    if low is None or low >= kept: return None
+    return (f"not proven: {share:.4f} of the neighbours are the model's (interval {low:.4f} to {high:.4f}), and "
+            f"{kept:.4f} must be")
 
 # %% ../../nbs/optimization/47_encoder_bench.ipynb #d9938eb0
 class EncoderTable(Measured):

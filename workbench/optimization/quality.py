@@ -38,9 +38,15 @@ def gains(
 def kept_share(
     ours: np.ndarray,         # float64[m], gains of a variant
     parents: np.ndarray,      # float64[m], the parent's in the same cases
+    same: bool = False,       # whether all lists are the parent's
 ) -> Estimate | None:         # share of the NDCG, with its interval; None when the parent finds nothing
     "Estimate how much of the parent's NDCG a variant keeps, from paired cases (the delta method, resampled)."
+    if not parents.any(): return None
+    kept = float(ours.mean()/parents.mean())
+    if not same:
+        hit = parents[parents > 0].mean()
+        ours, parents = np.append(ours, [0, hit]), np.append(parents, [hit, 0])
     whole = parents.mean()
-    if not whole: return None
     share = ours.mean()/whole
-    return estimate(share + (ours - share*parents)/whole, settings().gates.confidence)
+    found = estimate(share + (ours - share*parents)/whole, settings().gates.confidence)
+    return Estimate(kept, found.low, found.high)

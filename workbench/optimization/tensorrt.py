@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TWINS', 'Place', 'RECORD', 'FILE', 'why_not', 'import_tensorrt', 'traced_again', 'device', 'tuned_inputs',
            'dynamic_shapes', 'input_ranges', 'compile_program', 'places', 'why_in_torch', 'operator_name', 'dry_run',
-           'write_record', 'read_record', 'save_compiled', 'open_compiled', 'check_fits', 'answering', 'refit',
-           'TensorRT', 'TensorRTX', 'TensorRTGraphs']
+           'write_record', 'read_record', 'save_compiled', 'open_compiled', 'check_fits', 'widened', 'answering',
+           'refit', 'TensorRT', 'TensorRTX', 'TensorRTGraphs']
 
 # %% ../../nbs/optimization/23_tensorrt.ipynb #23b79bdc
 import tempfile
@@ -233,6 +233,12 @@ def check_fits(items: np.ndarray, exclude: np.ndarray, options: EngineOptions) -
             raise BackendError(f"the engine was built for {fewest:,} to {most:,} {what} and not for {size:,}: cut the "
                                "call, or compile for other shapes")
 
+def widened(exclude: np.ndarray, options: EngineOptions) -> np.ndarray:  # int64[B, E], a multiple of the tuned width
+    "Pad lists of excluded items, so that most calls have one shape."
+    _, step, most = options.excluded
+    width = min(most, -(-exclude.shape[1]//step)*step)
+    return np.pad(exclude, ((0, 0), (0, width - exclude.shape[1])))
+
 def answering(
     run: Callable,                # over tensors on the GPU
     options: EngineOptions,
@@ -244,6 +250,7 @@ def answering(
     def answer(items: np.ndarray, lengths: np.ndarray, exclude: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         check_fits(items, exclude, options)
         if modes.get_cudagraphs_mode() != options.cuda_graphs: modes.set_cudagraphs_mode(options.cuda_graphs)
+        if options.cuda_graphs: exclude = widened(exclude, options)
         with torch.inference_mode():
             ids, scores = run(*(torch.from_numpy(each).to(where) for each in (items, lengths, exclude)))
             return ids.cpu().numpy(), scores.cpu().numpy()
@@ -298,6 +305,6 @@ class TensorRTGraphs(TensorRT):
     "The same as `TensorRT`, with CUDA graphs: the work of a shape is recorded once and replayed."
     name = "tensorrt-graphs"
 
-    def __init__(self): super().__init__(EngineOptions(cuda_graphs=True))
+    def __init__(self): super().__init__(EngineOptions(cuda_graphs=True, excluded=(1, 512, 65_536)))
 
 for backend in (TensorRT(), TensorRTGraphs(), TensorRTX()): backends.register(backend.name, backend)

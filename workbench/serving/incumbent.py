@@ -15,7 +15,7 @@ from ..data.histories import Histories, Split, repeated
 from ..errors import BundleError, WorkbenchError
 from ..evaluation.protocol import LISTED, Ranking, Report, evaluate_ranking
 from ..optimization.benchmark import Rival
-from ..optimization.worker import ASKED, Cases
+from ..optimization.worker import ASKED, Cases, drawn_rows
 from .bundle import Bundle
 from .engine import Engine, first_allowed
 from ..settings import settings
@@ -68,12 +68,12 @@ def rival_of(
     histories: Histories,      # whose cases are asked about
     name: str = "champion",    # in the table
     split: str = "test",       # or "validation"
-    most: int = ASKED,         # cases at most, drawn evenly
+    most: int = ASKED,         # cases at most, drawn as a bench draws them
 ) -> Rival:                    # raises BundleError when the bundle knows none of the items
     "Turn a bundle into something to measure new variants against."
     variant, part = bundle.variant, getattr(histories, split)
     forward, rows = translation(bundle.catalogue.item_ids, histories.item_ids), []
-    for row in np.linspace(0, len(part) - 1, min(most, len(part))).astype(np.int64):
+    for row in drawn_rows(len(part), most, shuffled=True):
         known = forward[part.items[part.starts[row]:part.ends[row]]]
         if (known > 0).any(): rows.append((known[known > 0], forward[part.targets[row]]))
     if not rows: raise BundleError(f"the bundle {bundle.folder} knows no item of {histories.name}: give another")
