@@ -228,7 +228,7 @@ class Usearch(Graph):
 indexes.register(Usearch.name, Usearch)
 
 # %% ../../nbs/optimization/31_approximate.ipynb #27a0bf6f
-WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+WIDTHS = (10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 def median_search(index: ItemIndex, queries: np.ndarray, k: int, calls: int = 200) -> float:
     "Return the median time of a search with one query, in microseconds."
@@ -245,11 +245,11 @@ def tune(
     queries: np.ndarray,             # float32[m, d], the kind that will be asked
     k: int = 10,                     # how many
     wanted: float = 0.99,            # recall
-    widths: tuple[int, ...] = WIDTHS,  # to try, from small to large
+    widths: tuple[int, ...] = WIDTHS,  # to try, from small to large, those of k or more
 ) -> Table:                          # ef, recall and median time of each width that was tried
     "Set the smallest `ef` that reaches a recall; raises BackendError when none of the widths does."
     rows = []
-    for index.ef in widths:
+    for index.ef in [width for width in widths if width >= k] or [k]:
         rows.append({"ef": index.ef, "recall": recall(index, exact, queries, k),
                      "p50": median_search(index, queries, k)})
         if rows[-1]["recall"] >= wanted: return Table(rows, f"Up to a recall of {wanted:.1%}", {"p50": "µs"})
