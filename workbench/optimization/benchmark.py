@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['BATCHES', 'SECONDS', 'RANKING', 'RIVAL', 'ROUNDS', 'ON_GPU', 'Candidate', 'alive', 'Clock', 'Conditions',
-           'compiled_before', 'compile_one', 'open_one', 'open_all', 'judge', 'measure_one', 'measure', 'by_round',
-           'ratios', 'summarise', 'shrunk', 'plain_lineage', 'Rival', 'tail', 'against', 'references', 'facts_of',
-           'notes', 'compete', 'bench']
+           'compiled_before', 'compile_one', 'open_one', 'open_all', 'judge', 'measure_one', 'measure', 'summarise',
+           'shrunk', 'plain_lineage', 'Rival', 'references', 'facts_of', 'notes', 'compete', 'bench']
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #8e635ed5
 import json, shutil, tempfile, time
@@ -30,7 +29,7 @@ from .compress import known_compressions
 from .machine import kept_speeds, machine
 from .plan import check_numbers, of_targets, plan, planned
 from .quality import gains, kept_share, same_lists
-from .rounds import read_rounds, round_key, write_round
+from .rounds import against, ratios, read_rounds, round_key, write_round
 from .smaller import Compressed, one_step, reductions
 from .variants import Variant, code_of, digest_of, fingerprint, variant_name
 from .worker import ASKED, Cases, Worker, draw_cases, last_cores
@@ -225,16 +224,6 @@ def measure(candidates: list[Candidate], rounds: int, conditions: Conditions) ->
         write_round(folder, key, turn, [figures for figures in taken if figures])
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #674ea500
-def by_round(candidate: Candidate) -> dict[str, np.ndarray]:  # figure → one of each round, in which more is worse
-    "Return the median, and the time of a request in batches of each size."
-    slow = {f"throughput_{batch}": 1/np.array(counts) for batch, counts in candidate.counts.items()}
-    return {"p50": np.array([np.median(taken) for taken in candidate.rounds]), **slow}
-
-def ratios(candidate: Candidate, other: Candidate) -> dict[str, np.ndarray]:  # figure → one of each round
-    "Divide the figures of two candidates, round by round."
-    own, others = by_round(candidate), by_round(other)
-    return {name: own[name][:len(figures)]/figures[:len(own[name])] for name, figures in others.items()}
-
 def summarise(candidate: Candidate, reference: Candidate) -> dict[str, Any]:
     "Turn what was measured into a row."
     row = {"variant": candidate.name, "backend": candidate.backend, "compression": candidate.compression,
@@ -290,25 +279,6 @@ class Rival(NamedTuple):
         except WorkbenchError: target = ""                                      # why, it says when it is loaded
         return Candidate(self.name, "none", "rival", model=self.folder, target=target,
                          figures={"cases": cases, "targets": self.cases.targets, "size": folder_size(self.folder)/1e6})
-
-def tail(candidate: Candidate, picked: Iterable[int]) -> float:  # µs
-    "Return the p99 of the calls of some rounds together: a round of a slow variant has too few."
-    return float(np.percentile(np.concatenate([candidate.rounds[turn] for turn in picked]), 99))
-
-def against(candidate: Candidate, rival: Candidate) -> dict[str, float]:
-    "Divide a candidate's times by a rival's, with an interval from resampled rounds, the same ones of both."
-    count = min(len(candidate.rounds), len(rival.rounds))
-    picked = np.random.default_rng(0).integers(count, size=(2000, count))
-    paired = ratios(candidate, rival)
-    found = {name: (np.median(each), np.median(each[picked], axis=1)) for name, each in paired.items()}
-    tails = [tail(candidate, each)/tail(rival, each) for each in (range(count), *picked[:400])]
-    found["p99"] = tails[0], np.array(tails[1:])
-    row = {}
-    for figure, (value, again) in found.items():
-        name = "against" if figure == "p50" else f"against_{figure}"
-        ends = np.percentile(again, [2.5, 97.5])
-        row |= {name: float(value), f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
-    return row
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #2c9d60b2
 ON_GPU = "reference on cuda"
