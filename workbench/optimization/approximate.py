@@ -248,9 +248,9 @@ def tune(
     widths: tuple[int, ...] = WIDTHS,  # to try, from small to large, those of k or more
 ) -> Table:                          # ef, recall and median time of each width that was tried
     "Set the smallest `ef` that reaches a recall; raises BackendError when none of the widths does."
-    rows = []
+    rows, truth = [], exact.search(queries, np.zeros((len(queries), 1), np.int64), k)
     for index.ef in [width for width in widths if width >= k] or [k]:
-        rows.append({"ef": index.ef, "recall": recall(index, exact, queries, k),
+        rows.append({"ef": index.ef, "recall": recall(index, truth, queries, k),
                      "p50": median_search(index, queries, k)})
         if rows[-1]["recall"] >= wanted: return Table(rows, f"Up to a recall of {wanted:.1%}", {"p50": "µs"})
     raise BackendError(f"recall reaches {rows[-1]['recall']:.1%} at ef {index.ef} and {wanted:.1%} is wanted: build "

@@ -305,13 +305,14 @@ def with_index(
 # %% ../../nbs/optimization/30_index.ipynb #f8424288
 def recall(
     index: ItemIndex,                    # under test
-    exact: ItemIndex,                    # the truth
+    exact: ItemIndex | tuple[np.ndarray, np.ndarray],    # the truth, or what its `search` has answered
     queries: np.ndarray,                 # float32[m, d]
     k: int = 10,                         # how many
     exclude: np.ndarray | None = None,   # int64[m, E]; None for nothing excluded
 ) -> float:                              # 0 to 1
     "Return the share of the exact best k that an index finds."
     if exclude is None: exclude = np.zeros((len(queries), 1), np.int64)
-    (ids, scores), (truth, wanted) = index.search(queries, exclude, k), exact.search(queries, exclude, k)
+    truth, wanted = exact.search(queries, exclude, k) if isinstance(exact, ItemIndex) else exact
+    ids, scores = index.search(queries, exclude, k)
     real, found = np.isfinite(wanted), np.where(np.isfinite(scores), ids, -1)
     return float((truth[:, :, None] == found[:, None]).any(axis=2)[real].mean()) if real.any() else 1.0
