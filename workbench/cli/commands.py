@@ -165,7 +165,7 @@ def bench(
     engines: Annotated[str, typer.Option(
         help="Of a text model: those to try, such as onnxruntime+int4, with commas between; all unless given.")] = "",
     texts: Annotated[Path | None, typer.Option(
-        help="Of a text model: a file with a text a line, of which 40 or 500 are taken; else MusicCaps.")] = None,
+        help="Of a text model: a file with a text a line, of which 40 or 2,000 are taken; else MusicCaps.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Budget; what is not compiled by then is left out.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=2, max=1000, help="Rounds of measuring.")] = 12,
     output: Plot = None,

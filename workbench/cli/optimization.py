@@ -141,8 +141,11 @@ def bench_model(
 ) -> Bench:
     "Compile a model every way there is, measure each, and record what came out."
     from workbench.optimization.benchmark import bench, of_targets
+    from workbench.optimization.choose import FEWEST
     from workbench.tracking.runs import open_store
     check_picture(output, "--output")
+    if against and rounds < FEWEST:
+        raise UsageError(f"--rounds {rounds} do not tell a worse figure from noise: give {FEWEST} with --against")
     names, found = of_targets(targets or ["cpu"]), subject(name)
     asked = {"most": options["cases"]} if "cases" in options else {}
     rival = opponent(against, found.histories, **asked) if against else None
@@ -280,7 +283,7 @@ def bench_text_model(
     from workbench.optimization.text_models import text_kind
     from workbench.tracking.runs import open_store
     check_picture(output, "--output")
-    kinds = {"generator": (bench_text, "texts", 40), "encoder": (bench_encoder, "documents", 500)}
+    kinds = {"generator": (bench_text, "texts", 40), "encoder": (bench_encoder, "documents", 2000)}
     bench, own, most = kinds[text_kind(name)]
     here = Path(name).resolve()
     title = f"{here.name}-{sha256(str(here).encode()).hexdigest()[:8]}" if here.exists() else name

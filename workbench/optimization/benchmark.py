@@ -24,7 +24,7 @@ from ..errors import BackendError, TrainingError, WorkbenchError
 from ..files import folder_size, sweep
 from ..models.ranker import Ranker, load_model, save_model
 from .backends import backends, installed
-from .choose import VariantTable
+from .choose import FEWEST, VariantTable
 from .compress import known_compressions
 from .machine import kept_speeds, machine
 from .plan import check_numbers, of_targets, plan, planned
@@ -169,11 +169,13 @@ def open_one(candidate: Candidate, conditions: Conditions, patience: float = 300
 def open_all(candidates: list[Candidate], conditions: Conditions) -> None:
     "Open the reference, which sets how many cases there is time for, and then everybody else."
     reference, *others = candidates
-    ranked = open_one(reference, conditions, seconds=max(RANKING, 6*conditions.clock.minutes))   # a tenth of the budget
+    seconds = max(RANKING, 15*conditions.clock.minutes/len(candidates))   # a quarter of the budget for all
+    ranked = open_one(reference, conditions, seconds + 300, seconds=seconds)
     if reference.status == "failed": raise BackendError(f"the model itself cannot be measured: {reference.reason}")
     for candidate in others:
         open_one(candidate, conditions, max(60., 10*ranked["seconds"]), most=ranked["cases"])
 
+# %% ../../nbs/optimization/15_benchmark.ipynb #477d8443
 def judge(candidates: list[Candidate], reference: Candidate, targets: np.ndarray) -> None:
     "Turn answers into agreement and NDCG@10 with the interval of its share, and refuse scores that are not numbers."
     with np.load(reference.figures.pop("answers")) as answers: parent = answers["ids"], answers["scores"]
@@ -187,11 +189,11 @@ def judge(candidates: list[Candidate], reference: Candidate, targets: np.ndarray
         own = candidate.figures.pop("targets", targets)
         found = gains(ids, own[:len(ids)])
         share = found.mean()/whole if whole else float(found.mean() == whole)
-        candidate.figures |= {"ndcg": float(found.mean()), "ndcg_share": float(share)}
+        candidate.figures |= {"ndcg": float(found.mean()), "ndcg_share": float(share), "cases": len(ids)}
         if own is not targets: continue                                             # of another model: not case by case
         candidate.figures["agreement"] = agreement = float(same_lists(ids, scores, *parent).mean())
         if not (kept := kept_share(found, parents, same=agreement == 1)): continue
-        candidate.figures |= {"ndcg_low": kept.low, "ndcg_high": kept.high, "cases": len(targets)}
+        candidate.figures |= {"ndcg_low": kept.low, "ndcg_high": kept.high}
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #9eca162e
 ROUNDS = "rounds"      # the folder of those that have ended
@@ -210,15 +212,16 @@ def measure_one(candidate: Candidate, start: int, batches: Iterable[int] = BATCH
     return figures
 
 def measure(candidates: list[Candidate], rounds: int, conditions: Conditions) -> None:
-    "Measure everybody, round after round, until the rounds or the time are used up; two rounds are always taken."
+    "Measure everybody, round after round, until the rounds or the time are used up; two are always taken, or six."
     folder, measured = conditions.folder.with_name(ROUNDS), alive(candidates)
+    least = FEWEST if any(candidate.status == "rival" for candidate in measured) else 2
     key = conditions.key(measured)
     kept = read_rounds(folder, key, len(measured))[:rounds]
     for candidate, *figures in zip(measured, *kept, strict=True):
         candidate.figures["kept"] = len(kept)
         for each in figures: candidate.take(each)
     for turn in range(len(kept), rounds):
-        if turn >= 2 and time.monotonic() > conditions.clock.end: break
+        if turn >= least and time.monotonic() > conditions.clock.end: break
         conditions.note(f"measuring, round {turn + 1} of {rounds}")
         taken = [measure_one(candidate, turn*997, conditions.batches) for candidate in alive(measured)]
         write_round(folder, key, turn, [figures for figures in taken if figures])

@@ -59,7 +59,7 @@ class Gate:
                 f"and {self.ndcg:.4f} must be kept")
         if "cases" not in row: return said
         needed = row["cases"]*((share - low)/max(share - self.ndcg, 1e-9))**2   # it narrows by the root of the cases
-        step = 10**floor(log10(needed))
+        step = 10**(floor(log10(needed)) - 1)                                    # two digits
         most = f"some {ceil(needed/step)*step:,} cases might prove it" if needed < 1e8 else "no log would prove it"
         return f"{said}; {most}, if the share stays"
 
@@ -146,6 +146,7 @@ def regressions(
         if ratio <= ALLOWED[kind] or low <= 1: continue
         said = SAID[kind].format(ratio=ratio, batch=batch, low=low, high=high)
         worse.append(f"{variant} {said}, where {ALLOWED[kind]:g} is allowed")
+    cases = min(cases, rival.get("cases", cases))
     by_chance = chance(own["ndcg"], rival["ndcg"], cases)
     if rival["ndcg"] - own["ndcg"] > by_chance:
         worse.append(f"{variant} has an NDCG@10 of {own['ndcg']:.4f} and the champion {rival['ndcg']:.4f}, where "

@@ -57,10 +57,12 @@ def found_again(
            "same_high": same.high}
     if queries is None: return row
     targets = np.arange(len(documents))
-    lists = best(queries, documents), best(parent_queries, parent)
+    sides = (queries, documents), (parent_queries, parent)
+    lists = [best(*side) for side in sides]
     ours, theirs = (gains(each, targets) for each in lists)
     row |= {"ndcg": float(ours.mean()), "ndcg_share": 1.0 if not theirs.any() else float(ours.mean()/theirs.mean())}
-    kept = kept_share(ours, theirs, same=np.array_equal(*lists))
+    nearest = [np.take_along_axis(asked @ each.T, ids, 1) for (asked, each), ids in zip(sides, lists, strict=True)]
+    kept = kept_share(ours, theirs, same=np.allclose(*nearest, atol=1e-5))           # but for rounding
     return row | ({"ndcg_low": kept.low, "ndcg_high": kept.high, "cases": len(targets)} if kept else {})
 
 # %% ../../nbs/optimization/47_encoder_bench.ipynb #be85e97e
