@@ -59,7 +59,7 @@ class Gate:
                 f"and {self.ndcg:.4f} must be kept")
         if "cases" not in row: return said
         needed = row["cases"]*((share - low)/max(share - self.ndcg, 1e-9))**2   # it narrows by the root of the cases
-        step = 10**(floor(log10(needed)) - 1)                                    # two digits
+        step = 10**max(0, floor(log10(needed)) - 1)                              # two digits
         most = f"some {ceil(needed/step)*step:,} cases might prove it" if needed < 1e8 else "no log would prove it"
         return f"{said}; {most}, if the share stays"
 
