@@ -49,6 +49,7 @@ MISTAKES = [
     (["recommend"], {}, 2, "give either --user ID or --history"),
     (["recommend", "--user", "1"], {}, 1, "nothing has been packaged"),
     (["recommend", "--user", "1", "--bundle", "nowhere"], {}, 1, "is not a bundle"),
+    (["bench", "--against", "champion", "--rounds", "2"], {}, 2, "--rounds 2 do not tell a worse figure from noise: give 6"),
     (["bench", "minilm-l6", "--against", "champion"], {}, 2, "--against cannot be had for minilm-l6, which is a text model"),
     (["bench", "--engines", "openvino"], {}, 2, "--engines cannot be had for latest, which is a ranker"),
     (["bench", "nowhere.gguf"], {}, 2, "there is no text model named 'nowhere.gguf'"),
