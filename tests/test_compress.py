@@ -261,7 +261,7 @@ def test_a_slower_variant_is_named_with_its_figure(trained, tmp_path):
     heavy = SASRec(n_items=N_ITEMS, length=LENGTH, width=256, blocks=4).eval()
     rival = Rival("champion", quick.folder, draw_cases(log.test, LENGTH, 200))
     table = bench(heavy, log, tmp_path / "b", backends=["onnxruntime"], compressions=["none"], k=K, rounds=6, progress=False, rival=rival)
-    worse = regressions(table.rows, "onnxruntime", table.facts["cases"])
+    worse = regressions(table.rows, "onnxruntime")
     assert any(each.startswith("onnxruntime answers in") and "times the champion's time" in each for each in worse)
 
 

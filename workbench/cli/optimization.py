@@ -119,7 +119,7 @@ def concluded(
     decision = None
     try:
         decision = table.decide()
-        return decision, tuple(regressions(table.rows, decision.variant, table.facts["cases"])) if beside else ()
+        return decision, tuple(regressions(table.rows, decision.variant)) if beside else ()
     except BackendError as error: return decision, (str(error),)
 
 # %% ../../nbs/cli/06_optimization.ipynb #bbfcdd76

@@ -130,7 +130,6 @@ def chance(one: float, other: float, cases: int) -> float:  # in NDCG
 def regressions(
     rows: Sequence[Mapping[str, Any]],   # of a variant table, a rival among them
     variant: str,                        # the one that would be served
-    cases: int,                          # that NDCG@10 was measured on
 ) -> list[str]:                          # a sentence each, naming the variant and the figure; empty when there are none
     "Say in what a variant is worse than the rival beside it, beyond noise; raises BackendError without a rival."
     own = next(row for row in rows if row["variant"] == variant)
@@ -146,7 +145,7 @@ def regressions(
         if ratio <= ALLOWED[kind] or low <= 1: continue
         said = SAID[kind].format(ratio=ratio, batch=batch, low=low, high=high)
         worse.append(f"{variant} {said}, where {ALLOWED[kind]:g} is allowed")
-    cases = min(cases, rival.get("cases", cases))
+    cases = min(own["cases"], rival["cases"])
     by_chance = chance(own["ndcg"], rival["ndcg"], cases)
     if rival["ndcg"] - own["ndcg"] > by_chance:
         worse.append(f"{variant} has an NDCG@10 of {own['ndcg']:.4f} and the champion {rival['ndcg']:.4f}, where "
