@@ -45,10 +45,10 @@ test: $(READY) ## run every notebook and every test
 	nbdev-test --n-workers 2 --timing
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-bench: $(READY) $(if $(filter training convergence,$(BENCH)),$(PEERS)) ## run the benchmark notebooks and write their dated pages (long; BENCH="prepare" for one of them)
+bench: $(READY) $(if $(filter training convergence,$(BENCH)),$(PEERS)) ## run the benchmark notebooks and write their dated pages (long; BENCH="prepare" for one of them, PARAMETERS="-p minutes 5" for its parameters)
 	umask 077; mkdir -p .workbench/benchmarks
 	set -e; for name in $(BENCH); do \
-	  $(BIN)/papermill --no-progress-bar --kernel python3 pipelines/benchmarks/$$name.ipynb .workbench/benchmarks/$$name.ipynb; \
+	  $(BIN)/papermill --no-progress-bar --kernel python3 $(PARAMETERS) pipelines/benchmarks/$$name.ipynb .workbench/benchmarks/$$name.ipynb; \
 	  $(BIN)/jupyter nbconvert --to markdown --no-input --output-dir docs/benchmarks --output $$(date +%F)-$$name \
 	    --NbConvertBase.display_data_priority='["text/markdown", "text/html", "image/png", "text/plain"]' \
 	    .workbench/benchmarks/$$name.ipynb; \

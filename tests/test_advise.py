@@ -16,7 +16,7 @@ from workbench.models.baselines import Blend, Neighbours, Popularity
 from workbench.models.ranker import known_models
 from workbench.models.sequential import HSTU, SASRec
 from workbench.models.two_tower import TwoTower
-from workbench.optimization.advise import advise, sections
+from workbench.optimization.advise import advise, sections, techniques
 from workbench.optimization.benchmark import bench
 from workbench.optimization.choose import Gate, regressions
 from workbench.optimization.cost import cheapest, costs
@@ -122,6 +122,13 @@ def test_threads_are_given_back(own):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("sizes", "name", "why"), [({"width": 50}, "half the width", "width=24"),
+                                                    ({"width": 15, "heads": 5}, "half the heads", "there is none: a width of 15")])
+def test_what_cannot_be_halved_is_less_or_none(sizes, name, why):
+    found = {each.name: each for each in techniques(ask(sasrec(**sizes)))}
+    assert why in found[name].why and (found[name].gain == 1.0) == why.startswith("there is none")
 
 
 KEY = "from workbench.optimization.machine import this_machine; here = this_machine(); print(here.key, here.cores)"

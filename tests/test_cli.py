@@ -121,6 +121,7 @@ def test_a_bench_of_which_nothing_can_be_served_is_kept_and_shown_before_it_fail
     from workbench.data.datasets import load
     from workbench.models.baselines import Popularity
     from workbench.models.ranker import save_model
+    from workbench.tracking.runs import open_store, start_run
 
     home = {"WORKBENCH_PATHS_HOME": str(tmp_path / "home")}
     model = save_model(Popularity(load("movielens-100k").histories().n_items).eval(), tmp_path / "popular")
@@ -131,6 +132,10 @@ def test_a_bench_of_which_nothing_can_be_served_is_kept_and_shown_before_it_fail
     assert found["decision"] is None and [row["status"] for row in found["rows"]] == ["reference", "failed"]
     kept = json.loads(workbench("bench", "--history", "--json", **home).stdout)["benches"]
     assert [(row["run"], row["variant"]) for row in kept] == [(found["run"], None)]
+    with start_run(open_store(tmp_path / "home"), "train", "bench"):              # as a pipeline does on a log of that name
+        pass
+    kept = json.loads(workbench("bench", "--history", "--json", **home).stdout)["benches"]
+    assert [row["run"] for row in kept] == [found["run"]]
 
 
 def test_a_device_in_a_file_is_refused_by_field_or_predicted_from(tmp_path):

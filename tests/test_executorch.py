@@ -104,6 +104,11 @@ def test_every_kind_of_ranker_passes_the_comparison_with_its_parent(name, tmp_pa
     np.testing.assert_allclose(scores, expected(model, inputs)[1], atol=1e-5)
 
 
+def test_int8_of_a_model_without_layers_is_refused_and_not_the_float_program(tmp_path):
+    with pytest.raises(BackendError, match="int8 finds no linear layer to quantise here"):
+        compile_variant(fit_popularity(train()).eval(), tmp_path / "v", "executorch", "int8_static", k=K, cases=histories())
+
+
 def test_threads_that_share_a_variant_get_their_own_answers(variant):
     answer = variant.callable()
     batches = histories(16, 3)

@@ -119,7 +119,7 @@ print(len({names!r}), 'modules')
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-PROGRAMS = {"bentoml", "ipykernel", "jupyterlab", "onnxscript"}   # started, or imported by what we import
+PROGRAMS = {"bentoml", "ipykernel", "jupyterlab", "onnxscript", "uv"}   # started, or imported by what we import
 
 
 def test_the_core_declares_what_it_imports_and_nothing_else():

@@ -31,6 +31,7 @@ from workbench.optimization.tensorrt import (
     answering,
     compile_program,
     dry_run,
+    left_in_torch,
     operator_name,
     places,
     read_record,
@@ -189,7 +190,7 @@ def test_a_retrained_model_has_the_same_structure_and_no_other_has(program):
 def folder(program, tmp_path):
     "A folder of the right form, whose engine nobody could load."
     (tmp_path / FILE).write_bytes(b"engine" * 1_000)
-    write_record(tmp_path, traced_again(program, EngineOptions()), EngineOptions())
+    write_record(tmp_path, traced_again(program, EngineOptions()), EngineOptions(), {})
     return tmp_path
 
 
@@ -400,10 +401,11 @@ def engines(module) -> dict[str, bytes]:
 @precisions
 def test_engines_are_built_ahead_of_time(library, program_in, name):
     traced = traced_again(program_in(name), EngineOptions())
-    built = engines(compile_program(traced, EngineOptions()))
+    module = compile_program(traced, EngineOptions())
+    built, outside = engines(module), left_in_torch(module)
     assert len(built) == 2 and all(1e6 < len(engine) < 8e6 for engine in built.values())
-    whole = engines(compile_program(traced, EngineOptions(assume_dynamic=True)))
-    assert len(whole) == 1
+    module = compile_program(traced, EngineOptions(assume_dynamic=True))
+    assert len(engines(module)) == 1 and sum(left_in_torch(module).values()) < sum(outside.values())
 
 
 @pytest.fixture(scope="module")
@@ -435,6 +437,14 @@ def test_an_engine_that_cannot_be_built_is_one_line(library, program, capfd):
     options = EngineOptions(refittable=True)
     with pytest.raises(BackendError, match=r"^Torch-TensorRT failed \(RuntimeError: .*engine build failed"):
         compile_program(traced_again(program, options), options)
+
+
+@needs_library
+def test_a_program_without_an_engine_is_refused_and_not_run_in_pytorch(library, program, tmp_path):
+    "The library hands the program back as it was, and says so in its log alone."
+    with pytest.raises(BackendError, match=r"^TensorRT converts too few operators of this program .* in PyTorch: dry_run"):
+        TensorRT(EngineOptions(smallest_engine=10_000)).compile(program, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_library

@@ -15,17 +15,18 @@ import pytest
 import torch
 
 from workbench.data.histories import pack
-from workbench.errors import BackendError, UnknownNameError, UsageError
+from workbench.errors import BackendError, UnknownNameError, UsageError, WorkbenchError
+from workbench.files import hold_lock
 from workbench.models.baselines import Blend, Neighbours, fit_item_knn, fit_popularity
 from workbench.models.ranker import known_models, save_model
 from workbench.models.sequential import SASRec
 from workbench.optimization.backends import Backend, OnnxRuntime, backends
-from workbench.optimization.benchmark import bench
+from workbench.optimization.benchmark import Rival, bench
 from workbench.optimization.choose import Gate, VariantTable
 from workbench.optimization.export import MAX_BATCH, TopK, example_inputs, export_program
 from workbench.optimization.quality import kept_share
 from workbench.optimization.variants import Variant, check_parity, compile_variant
-from workbench.optimization.worker import Worker
+from workbench.optimization.worker import Worker, draw_cases
 from workbench.settings import settings
 
 N_ITEMS, LENGTH, K = 150, 12, 10
@@ -90,7 +91,8 @@ def test_what_cannot_be_answered_is_a_typed_error_and_the_next_call_is_right(com
         "batch of 0": (items[:0], lengths[:0], exclude[:0]),
         "batch of 257": tuple(np.repeat(x[:1], MAX_BATCH + 1, axis=0) for x in (items, lengths, exclude)),
         "2 lengths": (items, lengths[:2], exclude),
-        "columns": (items[:, :-1], lengths, exclude),
+        f"have {LENGTH - 1} columns": (items[:, :-1], lengths, exclude),
+        f"have {LENGTH + 1} columns": (np.pad(items, ((0, 0), (1, 0)), mode="edge"), lengths, exclude),
         "outside the catalogue": (np.where(items > 0, N_ITEMS + 1, 0), lengths, exclude),
         "an item index": (items, lengths, np.full_like(exclude, -1)),
         "empty history": (items * 0, lengths * 0, exclude),
@@ -210,6 +212,35 @@ def test_a_build_that_is_killed_leaves_no_variant_and_can_be_repeated(tmp_path):
     assert compile_variant(sasrec(), tmp_path / "v", "onnxruntime", k=K).name == "onnxruntime"
 
 
+class Exotic(SASRec):
+    "A model with an operator that no runtime has but PyTorch."
+
+    def encode(self, items, lengths):
+        return torch.special.airy_ai(super().encode(items, lengths))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "executorch"])
+def test_an_operator_that_a_backend_does_not_know_is_a_reason(tmp_path, name):
+    torch.manual_seed(0)
+    with pytest.raises(BackendError, match="airy_ai"):
+        compile_variant(Exotic(n_items=N_ITEMS, length=LENGTH, width=16).eval(), tmp_path / "v", name, k=K)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_a_short_list_that_need_not_be_exact_has_a_floor_too(tmp_path, k):
+    assert compile_variant(sasrec(), tmp_path / "v", "onnxruntime", "int8_dynamic", k=k).k == k
+
+    def worst(*inputs):
+        with torch.inference_mode():
+            exact = TopK(sasrec(), k).masked(*map(torch.from_numpy, inputs)).numpy()
+        ids = np.argsort(np.where(np.isfinite(exact), exact, np.inf), axis=1)[:, :k][:, ::-1]
+        return ids, np.take_along_axis(exact, ids, axis=1)
+
+    with pytest.raises(BackendError, match="survived"):
+        check_parity(worst, TopK(sasrec(), k), 0.5, same=False)
+
+
 @pytest.mark.parametrize("kind", ["popularity", "neighbours", "blend"])
 def test_baselines_and_blends_compile_like_any_model(tmp_path, kind):
     data = histories()
@@ -232,8 +263,8 @@ def test_the_bench_measures_what_works_and_gives_reasons_for_the_rest(broken, tm
         row = rows[name]
         assert row["status"] == "ok", row["reason"]
         assert row["ndcg_low"] <= row["ndcg_share"] <= row["ndcg_high"]
-        assert all(row[figure] > 0 for figure in ("p50", "p99", "ratio", "throughput_1", "throughput_8", "throughput_32", "cpu",
-                                                  "load", "memory", "size"))
+        assert all(row[figure] > 0 for figure in ("ratio", "throughput_1", "throughput_8", "throughput_32", "cpu", "memory", "size"))
+        assert 0 < row["p50"] <= row["p95"] <= row["p99"] and 0 < row["load"] < row["first"]
     assert rows["onnxruntime"]["agreement"] == rows["eager"]["agreement"] == rows["reference"]["agreement"] == 1.0
     assert rows["onnxruntime"]["ndcg"] == rows["reference"]["ndcg"]
     assert rows["onnxruntime"]["memory"] < rows["reference"]["memory"], "a service of this variant loads no PyTorch"
@@ -244,12 +275,79 @@ def test_the_bench_measures_what_works_and_gives_reasons_for_the_rest(broken, tm
     assert "no variant passed" in read.decide(Gate(ndcg=1.4)).reason
 
 
+class Dying(Worker):
+    "A worker whose process is killed when it is to be timed, as one that needs too much memory is; not the reference's."
+
+    opened: ClassVar[list[Worker]] = []
+
+    def ask(self, task, timeout=300.0, **request):
+        if task == "load":
+            self.opened.append(self)
+        if task == "latency" and self is not self.opened[0]:
+            self.process.kill()
+            self.process.wait()
+        return super().ask(task, timeout, **request)
+
+
+def test_a_process_that_ends_between_two_questions_is_a_reason_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("workbench.optimization.benchmark.Worker", Dying)
+    Dying.opened.clear()
+    reference, eager = bench(sasrec(), histories(), tmp_path, **ASKED, rounds=2).rows
+    assert reference["rounds"] == 2 and eager["status"] == "failed" and eager["reason"] == "its process had ended before latency"
+
+
+def test_measuring_stops_when_the_budget_is_used_up(tmp_path):
+    reference, eager = bench(sasrec(), histories(), tmp_path, **ASKED, rounds=50, minutes=0, smaller=["distilled"]).rows[:2]
+    assert reference["rounds"] == 2 and "budget of 0 minutes was used up" in eager["reason"]
+
+
+def test_there_is_no_training_without_time(tmp_path):
+    row = bench(sasrec(), histories(), tmp_path, **ASKED, rounds=1, minutes=0, smaller=["distilled"]).rows[-1]
+    assert row["status"] == "failed" and row["reason"] == "there is no time to train it: raise the budget of minutes"
+    assert not (tmp_path / "smaller").exists()
+
+
+def test_a_folder_takes_one_bench_at_a_time(tmp_path):
+    with hold_lock(tmp_path / "bench.lock", "the bench"), pytest.raises(WorkbenchError, match=r"is in use by process \d+: wait"):
+        bench(sasrec(), histories(), tmp_path, **ASKED)
+
+
+def test_two_of_one_name_are_refused_and_not_measured_as_one(compiled, tmp_path):
+    rival = Rival("eager", compiled("eager").folder, draw_cases(histories().test, LENGTH))
+    with pytest.raises(UsageError, match="called eager: give each step, and a rival, a name of its own"):
+        bench(sasrec(), histories(), tmp_path, **ASKED, rival=rival)
+
+
+def test_who_has_heard_more_than_a_variant_takes_is_asked_all_the_same():
+    count = 66_000
+    data = pack("ears", np.zeros(count + 3, np.int64), np.r_[np.arange(count), 0, 1, 2], np.arange(count + 3), np.array(["one"]),
+                np.arange(count).astype(str), exclude_seen=True)
+    assert draw_cases(data.test, LENGTH).batch(0, 1)[2].shape == (1, 65_536)
+
+
+def test_a_busy_worker_ends_with_its_parent(tmp_path):
+    if reason := backends["inductor"].available():
+        pytest.skip(reason)
+    save_model(sasrec(), tmp_path / "model")
+    code = (f"import json, os; from workbench.optimization.worker import Worker; worker = Worker();"
+            f"worker.process.stdin.write(json.dumps(dict(task='compile', model={str(tmp_path / 'model')!r}, threads=1, backend='inductor',"
+            f" folder={str(tmp_path / 'v')!r})).encode() + b'\\n'); worker.process.stdin.flush();"
+            f"print(worker.process.pid, flush=True); os._exit(1)")
+    pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists() and not (tmp_path / "v").exists()
+
+
 def test_each_row_says_what_it_is_for(tmp_path):
     table = bench(sasrec(), histories(), tmp_path, backends=["eager", "executorch", "tensorrt"], compressions=["none"], k=K, rounds=1,
                   progress=False)
     found = {row["variant"]: row["target"] for row in table.rows}
     assert {"reference": "cpu", "eager": "cpu", "executorch": "edge", "tensorrt": "gpu"}.items() <= found.items()
     assert ("reference on cuda" in found) == torch.cuda.is_available()
+    edge = next(row for row in table.rows if row["variant"] == "executorch")
+    assert 0 < edge["planned"] < edge["size"] and "planned memory" in str(table.table().rows[1].keys())
 
 
 @pytest.mark.gpu

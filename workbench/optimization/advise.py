@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORTH', 'CATALOGUE', 'EXPORT', 'SMALLER', 'Technique', 'exported', 'expected', 'judge', 'percent', 'about_exporting',
-           'about_scan', 'about_search', 'about_weights', 'like', 'about_size', 'about_batching', 'techniques',
-           'Advice', 'roofline_of', 'ranker_of', 'advise', 'doubts', 'headlines', 'part_table', 'technique_table',
-           'sections', 'as_html', 'as_rich', 'as_data', 'plot_advice']
+           'about_scan', 'about_search', 'about_weights', 'like', 'about_size', 'about_batching', 'halved',
+           'techniques', 'Advice', 'roofline_of', 'ranker_of', 'advise', 'doubts', 'headlines', 'part_table',
+           'technique_table', 'sections', 'as_html', 'as_rich', 'as_data', 'plot_advice']
 
 # %% ../../nbs/optimization/18_advise.ipynb #2c9287b7
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import BackendError
+from ..errors import BackendError, ModelError
 from ..models.baselines import Blend
 from ..models.ranker import Encoder, Ranker
 from .export import TopK
@@ -133,7 +133,9 @@ def like(model: Ranker, **changes: Any) -> Ranker:
 
 def about_size(advice: "Advice", name: str, **changes: Any) -> Technique:
     "Count a smaller model instead of this one."
-    rows = count(serving(like(advice.model, **changes), advice.form.k), advice.batch)
+    try: smaller = like(advice.model, **changes)
+    except ModelError as error: return Technique(name, "training", 1.0, 1.0, advice.seconds, f"there is none: {error}")
+    rows = count(serving(smaller, advice.form.k), advice.batch)
     other = per_part(rows)
     flops, before = sum(row["flops"] for row in rows), advice.total("flops")
     after = {row["part"]: least(other.get(row["part"], ()), advice.roofline) for row in advice.parts}
@@ -155,13 +157,18 @@ def about_batching(advice: "Advice") -> Technique:
 SMALLER = {"blocks": "half the blocks", "width": "half the width", "heads": "half the heads",
            "expansion": "half the feed-forward width", "length": "half the history"}
 
+def halved(config: Mapping[str, Any], field: str) -> int:
+    "Return half of a size, or a little less where a width must be split over heads."
+    half, step = config[field]//2, config.get("heads", 1) if field == "width" else 1
+    return max(step, half//step*step)
+
 def techniques(advice: "Advice") -> tuple[Technique, ...]:
     "Try every technique on paper, the largest expected gain first, then those that cannot be tried."
     found, model = [about_exporting(advice), about_batching(advice)], advice.model
     if isinstance(model, Encoder):
         found += [about_scan(advice), about_search(advice), about_weights(advice, "bfloat16 layers", "bfloat16", 0.5),
                   about_weights(advice, "int8 layers", "int8", 0.25)]
-        found += [about_size(advice, name, **{field: model.config()[field]//2}) for field, name in SMALLER.items()
+        found += [about_size(advice, name, **{field: halved(model.config(), field)}) for field, name in SMALLER.items()
                   if model.config().get(field, 1) > 1]
     else:
         why = ("a Blend adds up the scores of its members: ask about each" if isinstance(model, Blend) else

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BATCHES', 'SECONDS', 'RANKING', 'RIVAL', 'ROUNDS', 'ON_GPU', 'Candidate', 'alive', 'Clock', 'Conditions',
-           'compiled_before', 'compile_one', 'open_one', 'open_all', 'judge', 'measure_one', 'measure', 'summarise',
-           'shrunk', 'plain_lineage', 'Rival', 'references', 'facts_of', 'notes', 'compete', 'bench']
+           'compiled_before', 'note_compiled', 'compile_one', 'open_one', 'open_all', 'judge', 'measure_one', 'weigh',
+           'measure', 'summarise', 'shrunk', 'plain_lineage', 'Rival', 'references', 'facts_of', 'notes', 'compete',
+           'bench']
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #8e635ed5
 import json, shutil, tempfile, time
@@ -20,14 +21,14 @@ import numpy as np
 
 from .. import __version__
 from ..data.histories import Histories
-from ..errors import BackendError, TrainingError, WorkbenchError
-from ..files import folder_size, sweep
+from ..errors import BackendError, ModelError, RecipeError, TrainingError, WorkbenchError
+from ..files import folder_size, hold_lock, sweep
 from ..models.ranker import Ranker, load_model, save_model
 from .backends import backends, installed
 from .choose import FEWEST, VariantTable
 from .compress import known_compressions
 from .machine import kept_speeds, machine
-from .plan import check_numbers, of_targets, plan, planned
+from .plan import check_names, check_numbers, of_targets, plan, planned
 from .quality import gains, kept_share, same_lists
 from .rounds import against, ratios, read_rounds, round_key, write_round
 from .smaller import Compressed, one_step, reductions
@@ -122,29 +123,33 @@ def compiled_before(candidate: Candidate, conditions: Conditions) -> Variant | N
     try: found = Variant.load(conditions.where(candidate))
     except BackendError: return None
     model = load_model(candidate.model or conditions.model)
-    calibrated = known_compressions()[candidate.compression].calibrated
-    shown = digest_of(Cases.load(conditions.shown).batches(1)) if calibrated else ""
-    wanted = (fingerprint(model), conditions.k, conditions.threads, backends[candidate.backend].versions(), shown,
-              code_of(model, candidate.backend))
+    smaller = known_compressions()[candidate.compression]
+    shown = digest_of(Cases.load(conditions.shown).batches(1)) if smaller.calibrated else ""
+    versions = backends[candidate.backend].versions() | smaller.versions()
+    wanted = (fingerprint(model), conditions.k, conditions.threads, versions, shown, code_of(model, candidate.backend))
     steps = [[(step["name"], step["to"]) for step in lineage] for lineage in (found.lineage, candidate.lineage)]
     there = found.parent, found.asked, found.threads, found.versions, found.shown, found.code
     return found if there == wanted and steps[0] == steps[1] else None
+
+def note_compiled(candidate: Candidate, conditions: Conditions, seconds: float, size: int) -> None:
+    "Keep what compiling took, and what came of it."
+    planned = backends[candidate.backend].planned(conditions.where(candidate))
+    candidate.figures |= {"compile": seconds, "size": size/1e6, **({"planned": planned/1e6} if planned else {})}
 
 def compile_one(candidate: Candidate, conditions: Conditions) -> None:
     "Compile a candidate, or note why it cannot be."
     conditions.note(f"compiling {candidate.name}")
     missing = backends[candidate.backend].available()
     if missing: return candidate.fail(BackendError(missing), "missing")
-    if found := compiled_before(candidate, conditions):
-        candidate.figures |= {"compile": found.seconds, "size": found.size/1e6}
-        return
     try:
+        if found := compiled_before(candidate, conditions):
+            return note_compiled(candidate, conditions, found.seconds, found.size)
         with Worker(conditions.threads, conditions.cores) as worker:
             done = worker.ask("compile", conditions.clock.left(), model=str(candidate.model or conditions.model),
                               folder=str(conditions.where(candidate)), backend=candidate.backend, k=conditions.k,
                               compression=candidate.compression, threads=conditions.threads,
                               cases=str(conditions.shown), lineage=list(candidate.lineage))
-        candidate.figures |= {"compile": done["seconds"], "size": done["size"]/1e6}
+        note_compiled(candidate, conditions, done["seconds"], done["size"])
     except BackendError as error: candidate.fail(error)
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #61033656
@@ -158,7 +163,7 @@ def open_one(candidate: Candidate, conditions: Conditions, patience: float = 300
         loaded = candidate.worker.ask("load", folder=str(conditions.where(candidate)), cases=str(cases), k=k,
                                       threads=conditions.threads, batches=conditions.batches,
                                       device="cuda" if candidate.target == "gpu" else "cpu")
-        answers = cases.with_name(f"{candidate.name}.npz")
+        answers = cases.with_name(f"answers of {candidate.name}.npz")
         ranked = candidate.worker.ask("rank", patience, path=str(answers), **asked)
         candidate.figures |= {"load": loaded["seconds"], "first": loaded["first"], "answers": answers}
         return ranked
@@ -180,14 +185,14 @@ def judge(candidates: list[Candidate], reference: Candidate, targets: np.ndarray
     "Turn answers into agreement and NDCG@10 with the interval of its share, and refuse scores that are not numbers."
     with np.load(reference.figures.pop("answers")) as answers: parent = answers["ids"], answers["scores"]
     targets = targets[:len(parent[0])]
-    parents = gains(parent[0], targets)
+    parents = gains(parent[0], targets, parent[1])
     whole = float(parents.mean())
     reference.figures |= {"ndcg": whole, "ndcg_share": 1.0, "agreement": 1.0, "cases": len(targets)}
     for candidate in alive(candidates):
         with np.load(candidate.figures.pop("answers")) as answers: ids, scores = answers["ids"], answers["scores"]
         if np.isnan(scores).any(): candidate.fail(BackendError("its scores on real histories are not numbers"))
         own = candidate.figures.pop("targets", targets)
-        found = gains(ids, own[:len(ids)])
+        found = gains(ids, own[:len(ids)], scores)
         share = found.mean()/whole if whole else float(found.mean() == whole)
         candidate.figures |= {"ndcg": float(found.mean()), "ndcg_share": float(share), "cases": len(ids)}
         if own is not targets: continue                                             # of another model: not case by case
@@ -211,6 +216,13 @@ def measure_one(candidate: Candidate, start: int, batches: Iterable[int] = BATCH
     candidate.take(figures)
     return figures
 
+def weigh(candidate: Candidate) -> None:
+    "Ask a candidate what memory it has taken."
+    try: held = candidate.worker.ask("memory")
+    except BackendError as error: return candidate.fail(error)
+    candidate.figures |= {"memory": held["bytes"]/1e6}
+    if held["gpu"] is not None: candidate.figures["gpu_memory"] = held["gpu"]/1e6
+
 def measure(candidates: list[Candidate], rounds: int, conditions: Conditions) -> None:
     "Measure everybody, round after round, until the rounds or the time are used up; two are always taken, or six."
     folder, measured = conditions.folder.with_name(ROUNDS), alive(candidates)
@@ -225,6 +237,7 @@ def measure(candidates: list[Candidate], rounds: int, conditions: Conditions) ->
         conditions.note(f"measuring, round {turn + 1} of {rounds}")
         taken = [measure_one(candidate, turn*997, conditions.batches) for candidate in alive(measured)]
         write_round(folder, key, turn, [figures for figures in taken if figures])
+    for candidate in alive(measured): weigh(candidate)
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #674ea500
 def summarise(candidate: Candidate, reference: Candidate) -> dict[str, Any]:
@@ -236,7 +249,7 @@ def summarise(candidate: Candidate, reference: Candidate) -> dict[str, Any]:
     figures = {"p50": np.median(latencies), "p95": np.percentile(latencies, 95), "p99": np.percentile(latencies, 99),
                "ratio": np.median(ratios(candidate, reference)["p50"]),
                **{f"throughput_{batch}": np.median(counts) for batch, counts in candidate.counts.items()},
-               "cpu": np.median(candidate.cpu), "memory": candidate.worker.ask("memory")["bytes"]/1e6}
+               "cpu": np.median(candidate.cpu)}
     plain = {name: float(figure) for name, figure in figures.items()}
     return row | plain | {"rounds": len(candidate.rounds)} | candidate.figures
 
@@ -254,12 +267,13 @@ def shrunk(
     try:
         if isinstance(way, str):
             conditions.note(f"training {way}")
+            if not minutes: raise BackendError("there is no time to train it: raise the budget of minutes")
             step = reductions[way](model)
             step = replace(step, recipe=replace(step.recipe, minutes=minutes))
-            made_by = f"{step!r} {installed('torch')} {__version__}"             # other ones are another training
+            made_by = f"{step!r} {histories.fingerprint} {installed('torch')} {__version__}"    # else another training
             own = folder/"smaller"/f"{way} {fingerprint(model)} {sha256(made_by.encode()).hexdigest()[:8]}"
             way = one_step(step, model, histories, own, progress=False)
-    except (BackendError, TrainingError) as error:
+    except (BackendError, ModelError, RecipeError, TrainingError) as error:
         return [Candidate(way, "none", "failed", str(error))]
     saved = way.save(conditions.model.with_name(f"smaller {len(list(conditions.model.parent.iterdir()))}"))
     return [Candidate(*pair, model=saved, lineage=tuple(plain_lineage(way.lineage))) for pair in pairs]
@@ -320,6 +334,7 @@ def compete(
     "Compile, ask and measure the candidates beside the model itself."
     (reference, *elsewhere), others = references(candidates), [rival.enter(conditions)] if rival else []
     everybody = [reference, *elsewhere, *others, *candidates]
+    check_names(candidate.name for candidate in everybody)
     with ExitStack() as stack:
         stack.callback(lambda: [candidate.worker.close() for candidate in everybody if candidate.worker])
         for candidate in candidates:
@@ -358,9 +373,9 @@ def bench(
     check_numbers(batches, minutes, k=k, threads=threads, rounds=rounds, cases=cases)
     pairs, cores = planned(backends, compressions, smaller), last_cores(threads) if pin else []
     folder, drawn = Path(folder or tempfile.mkdtemp()), draw_cases(getattr(histories, split), model.length, cases, True)
-    sweep(folder/"variants")
     bar, note = notes((2*len(pairs) + 1)*(1 + len(smaller)) + rounds, progress)
-    with tempfile.TemporaryDirectory() as scratch, bar:
+    with hold_lock(folder/"bench.lock", f"the bench in {folder}"), tempfile.TemporaryDirectory() as scratch, bar:
+        sweep(folder/"variants")
         here = Path(scratch)
         shown = draw_cases(histories.validation, model.length, most=256, shuffled=True)
         conditions = Conditions(model=save_model(model, here/"model"), folder=folder/"variants", k=k, threads=threads,
@@ -371,9 +386,9 @@ def bench(
                        shrunk(way, model, histories, folder, pairs, conditions, minutes/2/len(smaller))]
         try: rows = compete(candidates, drawn.targets, rounds, conditions, rival)
         finally: sweep(folder/"variants")                                       # of workers that were ended
-    facts = facts_of(model, histories, k=k, threads=threads, split=split, cases=rows[0]["cases"], pinned=cores,
-                     batches=list(batches), seconds=time.monotonic() - begun)
-    table = VariantTable(rows, folder, facts)
-    table.save()
-    shutil.rmtree(folder/ROUNDS, ignore_errors=True)                            # the next bench measures anew
+        facts = facts_of(model, histories, k=k, threads=threads, split=split, cases=rows[0]["cases"], pinned=cores,
+                         batches=list(batches), seconds=time.monotonic() - begun)
+        table = VariantTable(rows, folder, facts)
+        table.save()
+        shutil.rmtree(folder/ROUNDS, ignore_errors=True)                        # the next bench measures anew
     return table

@@ -104,10 +104,11 @@ def decide(
     return Decision(FALLBACK, f"no variant passed, so the uncompiled program ({refusals})")
 
 # %% ../../nbs/optimization/09_choose.ipynb #dfd4e8dc
-ALLOWED = {"against": 1.05, "p99": 1.5, "throughput": 1.25, "memory": 1.25, "size": 1.5}   # times the champion's
-STEADY = ("memory", "size")                                                              # without noise
-FEWEST = 6                                                                               # rounds that tell noise
+ALLOWED = {"against": 1.05, "cpu": 1.25, "p99": 1.5, "throughput": 1.25, "memory": 1.25, "size": 1.5}   # times its
+STEADY = ("memory", "size")    # without noise
+FEWEST = 6                     # rounds that tell noise
 SAID = {"against": "answers in {ratio:.2f} times the champion's time at batch 1 ({low:.2f} to {high:.2f})",
+        "cpu": "takes {ratio:.2f} times the champion's processor time at batch 1 ({low:.2f} to {high:.2f})",
         "p99": "has {ratio:.2f} times the champion's p99 at batch 1 ({low:.2f} to {high:.2f})",
         "throughput": "takes {ratio:.2f} times as long as the champion for a request in batches of {batch} ({low:.2f} "
                       "to {high:.2f})",
@@ -163,11 +164,13 @@ def pareto_front(rows: Sequence[Mapping[str, Any]]) -> list[str]:  # names, fast
     return front
 
 # %% ../../nbs/optimization/09_choose.ipynb #9cb0bd63
-UNITS = {"p50": "µs", "p95": "µs", "p99": "µs", "cpu": "µs", "load": "s", "first answer": "s", "memory": "MB",
+UNITS = {"p50": "µs", "p95": "µs", "p99": "µs", "cpu": "µs", "load": "s", "first answer": "s",
+         "memory": "MB", "GPU memory": "MB", "planned memory": "MB",
          "size": "MB"}
 COLUMNS = {"variant": "variant", "p50": "p50", "p95": "p95", "p99": "p99", "ratio": "of the reference",
            "against": "of the champion", "throughput": "", "cpu": "cpu", "load": "load", "first": "first answer",
-           "memory": "memory", "size": "size", "agreement": "same top 10", "ndcg": "NDCG@10",
+           "memory": "memory", "gpu_memory": "GPU memory", "planned": "planned memory", "size": "size",
+           "agreement": "same top 10", "ndcg": "NDCG@10",
            "ndcg_share": "of its NDCG", "ndcg_low": "at least", "ndcg_high": "at most", "reason": "reason"}
 TITLE = "{processor}, {cores} cores, {threads} thread(s) a variant; batch 1, then requests a second at {batches}"
 
@@ -227,8 +230,9 @@ class Measured:
     @classmethod
     def load(cls, folder: str | Path) -> "Measured":
         "Read what `save` wrote."
-        found = read_json(Path(folder)/"table.json")
-        return cls(tuple(found["rows"]), Path(folder), found["facts"])
+        path = Path(folder)/"table.json"
+        try: return cls(tuple((found := read_json(path))["rows"]), Path(folder), found["facts"])
+        except (KeyError, TypeError): raise BackendError(f"{path} is not the table of a bench: bench again") from None
 
     def __repr__(self) -> str: return f"{type(self).__name__}({', '.join(row['variant'] for row in self.rows)})"
     def _repr_html_(self) -> str: return self.table()._repr_html_()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import BackendError
-from .backends import failures, quiet
+from .backends import failures, installed, quiet
 from .export import TopK, export_program
 from .rewrite import serving_form
 from .topk import ScanTopK
@@ -36,10 +36,15 @@ class Compression:
     agreement: float = 1.0              # share of the parent's top 10 that must survive, over random histories
     exact: bool = True                  # the scores that come back are the parent's
     calibrated: bool = False            # it has to see histories
+    needs: tuple[str, ...] = ()         # distributions that it is made of, beside the backend's
 
     def program(self, model: "Ranker", k: int, backend: str = "", cases: Batches = ()) -> "ExportedProgram":
         "Export the model, rewritten where it can be, in the form this compression works on."
         return export_program(serving_form(model), k, self.form)
+
+    def versions(self) -> dict[str, str]:  # distribution → version
+        "Return the versions of what it is made of, as far as that is here."
+        return {name: found for name in self.needs if (found := installed(name)) != "–"}
 
     def finish(self, folder: Path, backend: str = "", cases: Batches = ()) -> None:
         "Change the files that a backend has written."

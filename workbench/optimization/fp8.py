@@ -18,10 +18,10 @@ from ..models.ranker import Encoder
 from .backends import failures, quiet, reason
 from .compress import Batches, Compression, compressions
 from .export import export_program, mask
+from .pt2e import check_representative
 from .quantise import GPU, Cast
 from .rewrite import serving_form
 from .topk import item_table
-from .variants import check_calibration
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -73,7 +73,7 @@ def fp8_program(
     "Export a model with its linear layers and its scores in FP8; raises BackendError where that cannot be."
     check_gpu(torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
     library = import_modelopt()
-    check_calibration("fp8", cases)
+    check_representative("fp8", export_program(serving_form(model), k), cases)
     form = ScoredByLayer(deepcopy(serving_form(model)), k).eval()
     def show(module: nn.Module) -> None:
         with torch.no_grad():
@@ -88,4 +88,5 @@ class FP8(Compression):
     def program(self, model: "Ranker", k: int, backend: str = "", cases: Batches = ()) -> "ExportedProgram":
         return fp8_program(model, k, cases)
 
-compressions.register("fp8", FP8(name="fp8", only=GPU, agreement=0.5, exact=False, calibrated=True))
+compressions.register("fp8", FP8(name="fp8", only=GPU, agreement=0.5, exact=False, calibrated=True,
+                                 needs=("nvidia-modelopt",)))

@@ -125,7 +125,8 @@ def cuda() -> str:  # "12.8"; "" where PyTorch is built without it
 
 # %% ../../nbs/optimization/05_machine.ipynb #3d839988
 ENGINES = ("torch", "onnxruntime", "openvino", "executorch", "torchao", "torch-tensorrt", "torch-tensorrt-rtx",
-           "onnxruntime-gpu", "usearch", "hnswlib", "faiss-cpu", "openvino-genai", "llama-cpp-python")
+           "tensorrt", "tensorrt-rtx", "nvidia-modelopt", "onnxruntime-gpu", "usearch", "hnswlib", "faiss-cpu", "nncf",
+           "transformers", "onnxruntime-genai", "openvino-genai", "vllm", "llama-cpp-python")
 DECIDES = ("processor", "stepping", "cores", "instruction_sets", "caches", "graphics", "cuda", "system", "python")
 
 # %% ../../nbs/optimization/05_machine.ipynb #92789f2f

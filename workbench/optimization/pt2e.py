@@ -169,6 +169,8 @@ def quantise_program(
 ) -> "ExportedProgram":                             # of the same inputs and outputs
     "Quantise the linear layers of a program to int8; raises BackendError for histories that cannot calibrate it."
     length, n_items = history_length(program), catalogue_size(program)
+    if not any(wanted(node, skip) for node in program.graph.nodes):
+        raise BackendError("int8 finds no linear layer to quantise here: leave the model as it is")
     with failures("quantisation for xnnpack"), hushed():
         if not dynamic: check_representative("int8", program, batches)
         tensors = [tuple(torch.from_numpy(np.ascontiguousarray(x)) for x in batch) for batch in batches]

@@ -28,10 +28,12 @@ def same_lists(
 def gains(
     ids: np.ndarray,        # int64[m, k], best first
     targets: np.ndarray,    # int64[m], the item that followed
+    scores: np.ndarray | None = None,   # float32[m, k]; a place with minus infinity is empty, whatever its id
     top: int = 10,          # places that count
 ) -> np.ndarray:            # float64[m]; the mean is NDCG@top
     "Return each list's discounted gain: 1 / log2(1 + place of the target), 0 when it is not among the first."
     hits = ids[:, :top] == targets[:, None]
+    if scores is not None: hits &= np.isfinite(scores[:, :top])
     return np.where(hits.any(1), 1/np.log2(2 + hits.argmax(1)), 0.)
 
 # %% ../../nbs/optimization/08_quality.ipynb #5fbb7b66

@@ -66,6 +66,8 @@ class Retrieval(Compression):
     wanted: float = 0.995                                 # recall that an approximate index is tuned for
     only: tuple[str, ...] = ("onnxruntime", "openvino")   # backends that load fast enough to be worth it
 
+    def versions(self) -> dict[str, str]: return self.method.versions()
+
     def program(self, model: "Encoder", k: int, backend: str = "", cases: Batches = ()) -> ExportedProgram:
         "Export the encoder alone; raises BackendError where the index's library is missing."
         if missing := self.method.available(): raise BackendError(missing)

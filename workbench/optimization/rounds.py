@@ -49,19 +49,21 @@ def read_rounds(
     for turn in count():
         try: record = read_json(folder/f"{turn:04}.json")
         except WorkbenchError: return found
-        if record["key"] != key or len(record["figures"]) != size: return found
+        if not isinstance(record, dict) or record.get("key") != key or len(record.get("figures", ())) != size:
+            return found
         found.append(record["figures"])
 
 # %% ../../nbs/optimization/14_rounds.ipynb #2cbe59f0
 class Taken(Protocol):
     "Whatever has taken rounds."
     rounds: list[np.ndarray]         # latencies of the calls of each round, µs
+    cpu: list[float]                 # processor time of a call, µs, by round
     counts: dict[int, list[float]]   # batch → requests a second, by round
 
 def by_round(side: Taken) -> dict[str, np.ndarray]:  # figure → one of each round, in which more is worse
-    "Return the median, and the time of a request in batches of each size."
+    "Return the median, the processor time, and the time of a request in batches of each size."
     slow = {f"throughput_{batch}": 1/np.array(counts) for batch, counts in side.counts.items()}
-    return {"p50": np.array([np.median(taken) for taken in side.rounds]), **slow}
+    return {"p50": np.array([np.median(taken) for taken in side.rounds]), "cpu": np.array(side.cpu), **slow}
 
 def ratios(side: Taken, other: Taken) -> dict[str, np.ndarray]:  # figure → one of each round
     "Divide the figures of two sides, round by round."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TWINS', 'Place', 'RECORD', 'FILE', 'why_not', 'import_tensorrt', 'traced_again', 'device', 'tuned_inputs',
-           'dynamic_shapes', 'input_ranges', 'compile_program', 'places', 'why_in_torch', 'operator_name', 'dry_run',
-           'write_record', 'read_record', 'save_compiled', 'open_compiled', 'check_fits', 'widened', 'answering',
-           'refit', 'TensorRT', 'TensorRTX', 'TensorRTGraphs']
+           'dynamic_shapes', 'input_ranges', 'compile_program', 'places', 'why_in_torch', 'operator_name',
+           'left_in_torch', 'dry_run', 'write_record', 'read_record', 'save_compiled', 'open_compiled', 'check_fits',
+           'widened', 'answering', 'refit', 'TensorRT', 'TensorRTX', 'TensorRTGraphs']
 
 # %% ../../nbs/optimization/23_tensorrt.ipynb #23b79bdc
 import tempfile
@@ -131,7 +131,7 @@ def places(module: "GraphModule") -> list[Place]:
     for node in module.graph.nodes:
         inside, name = [node], "PyTorch"
         if node.op == "call_module" and node.target in parts:
-            inside = parts[node.target].graph.nodes
+            inside = parts[node.target].graph.nodes if hasattr(parts[node.target], "graph") else ()   # built: none
             if "_run_on_acc" in node.target:
                 engines += 1
                 name = f"engine {engines}"
@@ -153,6 +153,14 @@ def why_in_torch(library, node: "Node", options: EngineOptions) -> str:
 def operator_name(node: "Node") -> str:
     "Return an operator's name as the library writes it: torch.ops.aten.gather.default."
     return f"torch.ops.{node.target}" if hasattr(node.target, "_schema") else str(node.target)
+
+# %% ../../nbs/optimization/23_tensorrt.ipynb #7101b206
+def left_in_torch(module: "GraphModule") -> dict[str, int]:  # operator → how many
+    "Count what runs outside the engines of a compiled program; raises BackendError where there is no engine."
+    if not any("_run_on_acc" in name for name, _ in module.named_children()):
+        raise BackendError("TensorRT converts too few operators of this program for an engine, so that it would run in "
+                           "PyTorch: dry_run tells why, for each")
+    return dict(Counter(operator_name(node) for where, node in places(module) if where == "PyTorch"))
 
 # %% ../../nbs/optimization/23_tensorrt.ipynb #9ce745cb
 def dry_run(
@@ -178,18 +186,19 @@ def write_record(
     folder: Path,                # holds the compiled program
     program: "ExportedProgram",  # it was compiled from
     options: EngineOptions,      # it was compiled with
+    in_torch: dict[str, int],    # what runs outside the engines, of `left_in_torch`
 ) -> None:
     "Write what a folder of engines needs to be read again."
     files = {name: digest for name, digest in checksums(folder).items() if name != RECORD}
     write_json(folder/RECORD, {"options": options.to_dict(), "machine": machine(), "structure": structure(program),
-                               "length": program.example_inputs[0][0].shape[1], "files": files})
+                               "length": program.example_inputs[0][0].shape[1], "in_torch": in_torch, "files": files})
 
 def read_record(folder: Path) -> dict[str, Any]:
     "Read and verify the record of a folder of engines; raises BackendError for one that cannot be loaded here."
     try: record = read_json(folder/RECORD)
     except WorkbenchError as error:
         raise BackendError(f"{folder} holds no engine ({error}): compile it again") from None
-    names = {"options", "machine", "structure", "length", "files"}
+    names = {"options", "machine", "structure", "length", "in_torch", "files"}
     if not isinstance(record, dict) or set(record) != names or FILE not in record["files"]:
         raise BackendError(f"{folder/RECORD} is not a record of engines: compile the model again")
     changed = [line for line in verify(folder, record["files"]) if not line.endswith("was added")]
@@ -204,6 +213,7 @@ def save_compiled(
     program: "ExportedProgram",   # of `traced_again`
     options: EngineOptions,
     folder: Path,                 # exists
+    in_torch: dict[str, int],     # of `left_in_torch`
 ) -> None:
     "Write a compiled program and its record."
     library = import_tensorrt()
@@ -211,7 +221,7 @@ def save_compiled(
                 "arg_inputs": [each.to(device()) for each in tuned_inputs(program, options)]}
     check_keywords(keywords, library.save)
     with failures("saving the engine"), quiet(printed=True): library.save(module, str(folder/FILE), **keywords)
-    write_record(folder, program, options)
+    write_record(folder, program, options, in_torch)
 
 def open_compiled(folder: Path, options: EngineOptions) -> Callable:  # tensors on the GPU → tensors on the GPU
     "Load a compiled program."
@@ -275,7 +285,7 @@ def refit(
     import torch
     with failures("refitting the engine"), quiet(printed=True):
         refitted = library.dynamo.refit_module_weights(torch.export.load(str(folder/FILE)), fresh)
-    with publish(into) as aside: save_compiled(refitted, fresh, options, aside)
+    with publish(into) as aside: save_compiled(refitted, fresh, options, aside, record["in_torch"])
     return Path(into)
 
 # %% ../../nbs/optimization/23_tensorrt.ipynb #34f25f9c
@@ -289,7 +299,8 @@ class TensorRT(Backend):
 
     def compile(self, program: "ExportedProgram", folder: Path, threads: int = 1) -> None:
         traced = traced_again(program, self.options)
-        save_compiled(compile_program(traced, self.options), traced, self.options, Path(folder))
+        module = compile_program(traced, self.options)
+        save_compiled(module, traced, self.options, Path(folder), left_in_torch(module))
 
     def load(self, folder: Path, threads: int = 1) -> Answer:
         options = engine_options(read_record(Path(folder))["options"])

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import BackendError, WorkbenchError
 from ..files import checksums, publish, read_json, verify, write_json
-from .backends import Answer, backends, failures
+from .backends import Answer, backends, failures, installed
 from .machine import instruction_sets
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Variant:
     threads: int                # what it was compiled for
     parent: str                 # fingerprint of the model it was made from
     processor: str              # instruction sets it needs; empty when it runs anywhere
-    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that made it
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that made it and run it
     files: dict[str, str] = field(default_factory=dict)     # name → sha256
     lineage: list[dict[str, Any]] = field(default_factory=list)  # how its model came of another, first step first
     asked: int = 0              # items asked for; `k` is less in a smaller catalogue
@@ -207,13 +207,13 @@ def compression_for(chosen: "str | Compression", backend: str, cases: "Batches")
 
 # %% ../../nbs/optimization/06_variants.ipynb #35161f30
 def code_of(model: "Ranker", backend: str) -> str:  # 16 hexadecimal digits
-    "Return a short name for the code that a variant comes from, libraries aside."
+    "Return a short name for the code that a variant comes from, libraries aside but for what exports."
     import hashlib
     kinds = {kind for part in (*model.modules(), backends[backend]) for kind in type(part).__mro__}
     names = {kind.__module__ for kind in kinds if kind.__module__.partition(".")[0] not in LIBRARIES}
     places = [getattr(sys.modules.get(name), "__file__", None) for name in names]
     files = {path for place in places if place for path in Path(place).parent.glob("*.py")}
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(installed("torch").encode())    # which exports, whoever compiles
     for path in sorted(files): digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -239,7 +239,8 @@ def compile_variant(
         variant = Variant(folder=aside, backend=backend, compression=smaller.name, n_items=parent.n_items, k=parent.k,
                           length=parent.length, max_batch=MAX_BATCH, max_exclude=MAX_EXCLUDE, threads=threads,
                           parent=fingerprint(model), processor="" if engine.portable else instruction_sets(),
-                          versions=engine.versions(), files=checksums(aside), lineage=list(lineage), asked=k,
+                          versions=engine.versions() | smaller.versions(), files=checksums(aside), asked=k,
+                          lineage=list(lineage),
                           seconds=time.monotonic() - began, shown=digest_of(cases) if smaller.calibrated else "",
                           code=code_of(model, backend))
         write_json(aside/RECORD, variant.to_dict())
@@ -265,6 +266,7 @@ def check_answer(
     "Compare an answer with the parent's scores; raises BackendError for one that is wrong by itself."
     best = -np.partition(-exact, ids.shape[1] - 1, axis=1)[:, :ids.shape[1]]
     best.sort(axis=1)
+    top = min(top, best.shape[1])
     best, real = best[:, ::-1], np.isfinite(best[:, ::-1])
     if ids.shape != best.shape or not 0 <= ids.min() <= ids.max() < exact.shape[1]:
         raise BackendError("parity: ids are outside the catalogue, or of another number than asked for")

@@ -47,7 +47,7 @@ def check_build_folder(folder: Path) -> None:
 
 # %% ../../nbs/serving/05_packaging.ipynb #0d0d0c42
 RUNTIME = ("bentoml", "filelock", "numpy", "prometheus-client", "pydantic", "starlette")  # what the service imports
-ONLY_TO_COMPILE = ("onnx", "onnxscript")  # what made a variant and does not run it
+ONLY_TO_COMPILE = ("onnx", "onnxscript", "nncf", "nvidia-modelopt")  # what made a variant and does not run it
 BENTO = "ranking"
 PYTHON = "python:\n  requirements_txt: requirements.txt\n  lock_packages: false\n"  # pinned without asking an index
 
@@ -56,7 +56,7 @@ def is_bento(folder: str | Path) -> bool:
     return (Path(folder)/"bento.yaml").is_file()
 
 def requirements(bundle: Bundle) -> str:  # the text of requirements.txt
-    "Pin what the service and the bundle's backend need, at the versions here."
+    "Pin what the service needs here, and what the bundle's variant was compiled with and runs on."
     from importlib.metadata import version
     needed = {name: version(name) for name in RUNTIME} | bundle.variant.versions
     return "".join(f"{name}=={pinned}\n" for name, pinned in sorted(needed.items()) if name not in ONLY_TO_COMPILE)
