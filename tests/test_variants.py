@@ -383,6 +383,74 @@ def test_a_bench_that_is_asked_for_wrongly_does_nothing(tmp_path, changes, error
     assert list(tmp_path.iterdir()) == [], "nothing was trained, compiled or written"
 
 
+SPAWNER = """
+import subprocess, sys
+from workbench.optimization.worker import TASKS, main
+def spawn(desk, wait):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdin=subprocess.DEVNULL)
+    open("child", "w").write(str(child.pid))
+    return {"code": child.wait() if wait else 0}
+TASKS["spawn"] = spawn
+main()
+"""
+
+
+class Spawner(Worker):
+    "A worker whose compiler starts a program of its own."
+
+    module = "spawner"
+
+
+@pytest.fixture
+def spawner(tmp_path, monkeypatch):
+    "Where it writes the number of what it has started."
+    (tmp_path / "spawner.py").write_text(SPAWNER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "child"
+
+
+def ends(pid, seconds=20):
+    "Whether a process ends soon; one that nobody has waited for has ended."
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("how", ["closed", "too slow", "gone before"])
+def test_what_a_worker_has_started_ends_with_it(spawner, how):
+    with Spawner() as worker:
+        if how == "too slow":
+            with pytest.raises(BackendError, match="longer than the 5 seconds"):
+                worker.ask("spawn", timeout=5, wait=True)
+        else:
+            worker.ask("spawn", wait=False)
+            assert not ends(int(spawner.read_text()), 0.2), "it runs"
+        if how == "gone before":
+            worker.process.kill()
+            worker.process.wait()
+    assert ends(int(spawner.read_text())) and ends(worker.process.pid)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
+def test_a_worker_ends_when_the_bench_does(tmp_path, how):
+    code = ("import time; from workbench.optimization.worker import Worker\n"
+            "with Worker() as worker: print(worker.process.pid, worker.ask('memory')['bytes'], flush=True); time.sleep(600)")
+    bench = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    pid = int(bench.stdout.readline().split()[0])
+    os.killpg(bench.pid, how)                                       # as a terminal does: to the group, which the worker is not in
+    assert bench.wait(20) != 0 and ends(pid)
+    bench.stdout.close()
+
+
 class Watched(Worker):
     "A worker that notes, when it is closed, which cores each of its threads may use."
 

@@ -8,8 +8,8 @@ __all__ = ['ASKED', 'TIMED', 'Batch', 'TASKS', 'Cases', 'drawn_rows', 'draw_case
            'last_cores', 'kept_on', 'Worker', 'end_with', 'main']
 
 # %% ../../nbs/optimization/07_worker.ipynb #8a423abe
-import gc, json, os, resource, select, subprocess, sys, time
-from collections.abc import Callable, Collection, Iterator, Sequence
+import gc, json, os, resource, select, signal, subprocess, sys, time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,12 +247,15 @@ def kept_on(cores: Collection[int]) -> Iterator[None]:  # none: wherever
 # %% ../../nbs/optimization/07_worker.ipynb #354636de
 class Worker:
     "A process that compiles or measures one variant; use it in a `with` block."
+    module: str = "workbench.optimization.worker"       # what it runs
+    environment: Mapping[str, str] = {}                 # beside what every process gets
+
     def __init__(self, threads: int = 1, cores: Collection[int] = ()):  # CPU threads of its libraries; where it stays
-        environment = quiet_environment() | {"OMP_NUM_THREADS": str(threads)}
+        environment = {**quiet_environment(), **self.environment, "OMP_NUM_THREADS": str(threads)}
         with kept_on(cores):
-            self.process = subprocess.Popen([sys.executable, "-m", "workbench.optimization.worker"],
-                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            stderr=subprocess.DEVNULL, env=environment)
+            self.process = subprocess.Popen([sys.executable, "-m", self.module], stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+                                            start_new_session=True)
 
     def ask(self, task: str, timeout: float = 300., **request: Any) -> dict[str, Any]:
         "Give it a task and wait; raises BackendError with the reason when it fails, ends or takes too long."
@@ -272,8 +275,9 @@ class Worker:
         return reply
 
     def close(self) -> None:
-        "End the process."
-        self.process.kill()
+        "End the process and all that it has started."
+        if self.process.stdin.closed: return                    # its number may be another process's by now
+        with suppress(ProcessLookupError): os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             with suppress(OSError): pipe.close()                                # what was to be sent has no reader
@@ -285,6 +289,7 @@ class Worker:
 def end_with(parent: int) -> None:
     "End this process, busy or not, when the one that started it is gone."
     while os.getppid() == parent: time.sleep(1)
+    if os.getpgrp() == os.getpid(): os.killpg(0, signal.SIGKILL)        # with what it has started
     os._exit(1)
 
 def main() -> None:
