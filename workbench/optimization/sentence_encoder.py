@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from ..errors import BackendError, DataError, ModelError
-from ..files import publish, read_json, write_json
+from ..files import read_json
 from .backends import OPSET, Backend, Inductor, failures, import_openvino, open_session, quiet
+from .compiled import ENCODER, compile_into, digest_of_model, planned, read_compiled
 from .text_models import check_kind, load_text_model, load_tokenizer, text_model_folder
 from ..registry import Registry
 
@@ -180,19 +181,15 @@ def compile_encoder(
     chosen, source = encoder_forms[form], text_model_folder(model)
     check_pooling(source)
     if missing := chosen.available(): raise BackendError(missing)
-    with publish(Path(folder)) as aside:
-        with failures(form), quiet(): chosen.compile(source, aside, threads)
-        write_json(aside/"encoder.json", {"form": form, "model": str(source.resolve()), "versions": chosen.versions()})
-    return Path(folder)
+    plan = planned(ENCODER, chosen, source, digest_of_model(source), threads=threads)
+    return compile_into(folder, plan, lambda aside: chosen.compile(source, aside, threads))
 
 def load_encoder(
     folder: str | Path,     # of `compile_encoder`
     threads: int = 1,       # CPU threads
 ) -> SentenceEncoder:
-    "Load a compiled sentence encoder."
-    if not (Path(folder)/"encoder.json").is_file():
-        raise BackendError(f"{folder} is not a compiled sentence encoder: name a folder that compile_encoder wrote")
-    facts = read_json(Path(folder)/"encoder.json")
-    with failures(facts["form"]), quiet():
-        vectors = encoder_forms[facts["form"]].load(Path(facts["model"]), Path(folder), threads)
-        return SentenceEncoder(load_tokenizer(facts["model"]), vectors)
+    "Load a compiled sentence encoder; raises `BackendError` when it is none, is damaged, or when its form cannot."
+    found = read_compiled(folder, ENCODER)
+    with failures(found.engine), quiet():
+        vectors = encoder_forms[found.engine].load(Path(found.model), Path(folder), threads)
+        return SentenceEncoder(load_tokenizer(found.model), vectors)

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import BackendError, UsageError
-from ..files import publish, read_json, sha256, write_json
+from ..files import read_json, sha256
 from .backends import failures, import_openvino
+from .compiled import (
+    GENERATOR, SOURCE, compile_into, digest_of_model, planned, read_compiled)
 from .generation import Engine, Writer, Written, engines, one_by_one
 from .text_models import check_kind, text_model_folder
 
@@ -92,11 +94,11 @@ class OpenVINOEngine(Engine):
     precisions = ("float32", "bfloat16", "gguf", "int8", "int4")
 
     def compile(self, model: Path, folder: Path, precision: str) -> None:
-        config = read_json(model/"config.json")
-        found = config.get("gguf_file", "")
+        source = read_json(model/SOURCE) if (model/SOURCE).is_file() else {}
+        found = source.get("gguf_file", "")
         if not found: raise BackendError("it reads models that come as a GGUF file, and this one did not")
         if not Path(found).is_file(): raise BackendError(f"{found}, which the model was converted from, is gone")
-        if sha256(found) != config.get("gguf_sha256"): raise BackendError(f"{found} has changed since it was converted")
+        if sha256(found) != source.get("gguf_sha256"): raise BackendError(f"{found} has changed since it was converted")
         if precision == "gguf": (folder/"m.gguf").symlink_to(found)
         else: rewrite_gguf(Path(found), folder/"m.gguf")
         graph = read_into_openvino(folder/"m.gguf", folder)
@@ -164,23 +166,18 @@ def compile_text(
     "Compile a text model for an engine; raises `BackendError` with the reason when it cannot be."
     check_precision(engine, precision)
     check_kind(model, "generator")
-    missing, source = engines[engine].available(), text_model_folder(model, home)
-    if missing: raise BackendError(missing)
-    with publish(Path(folder)) as aside:
-        with failures(engine): engines[engine].compile(source, aside, precision)
-        write_json(aside/"text.json", {"engine": engine, "precision": precision, "model": str(source.resolve()),
-                                       "versions": engines[engine].versions()})
-    return Path(folder)
+    chosen, source = engines[engine], text_model_folder(model, home)
+    if missing := chosen.available(): raise BackendError(missing)
+    plan = planned(GENERATOR, chosen, source, digest_of_model(source), precision)
+    return compile_into(folder, plan, lambda aside: chosen.compile(source, aside, precision))
 
 def load_text(
     folder: str | Path,     # of `compile_text`
     threads: int = 1,       # CPU threads
 ) -> Writer:
-    "Load a compiled text model; raises `BackendError` when it is none, or when its engine cannot."
-    if not (Path(folder)/"text.json").is_file():
-        raise BackendError(f"{folder} is not a compiled text model: name a folder that compile_text wrote")
-    facts = read_json(Path(folder)/"text.json")
-    with failures(facts["engine"]):
-        writer = engines[facts["engine"]].load(Path(facts["model"]), Path(folder), facts["precision"], threads)
-        writer.context = read_json(Path(facts["model"])/"config.json").get("max_position_embeddings")
+    "Load a compiled text model; raises `BackendError` when it is none, is damaged, or when its engine cannot."
+    found = read_compiled(folder, GENERATOR)
+    with failures(found.engine):
+        writer = engines[found.engine].load(Path(found.model), Path(folder), found.precision, threads)
+        writer.context = read_json(Path(found.model)/"config.json").get("max_position_embeddings")
         return writer

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['text_models', 'PARTS', 'WHOLE', 'OFFLINE', 'TextModel', 'is_text_model', 'find_text_model', 'text_kind', 'check_kind',
-           'parameter_name', 'half_order', 'read_config', 'read_weights', 'transformers', 'write_folder',
+           'parameter_name', 'half_order', 'read_config', 'read_weights', 'transformers', 'write_folder', 'read_source',
            'text_model_folder', 'readable_files', 'load_tokenizer', 'load_text_model', 'greedy', 'ask',
            'log_likelihoods', 'perplexity', 'read_musiccaps', 'captions', 'aspects']
 
@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BackendError, DataError, ModelError, WorkbenchError
-from ..files import private_folder, publish, read_json, sha256, write_json
+from ..files import checksums, private_folder, publish, read_json, sha256, sweep, verify, write_json
 from .backends import quiet, reason
+from .compiled import SOURCE
 from ..registry import Registry
 from ..settings import QUIET, settings
 
@@ -153,16 +154,23 @@ def transformers() -> Iterator[Any]:
         yield library
 
 def write_folder(file: Path, folder: Path, digest: str) -> None:  # digest: sha256 of the file
-    "Write the network, weights and tokenizer of a GGUF file as transformers does."
+    "Write the network, weights and tokenizer of a GGUF file as transformers does, and where they came from."
     import gguf
     from safetensors.numpy import save_file
     reader = gguf.GGUFReader(file)
     config = read_config(reader)
-    source = {"gguf_file": str(file.resolve()), "gguf_sha256": digest}
-    (folder/"config.json").write_text(json.dumps(config | source, indent=1, default=float))
+    (folder/"config.json").write_text(json.dumps(config, indent=1, default=float))
     save_file(read_weights(reader, config), folder/"model.safetensors", metadata={"format": "pt"})
     with transformers() as library:
         library.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    write_json(folder/SOURCE, {"gguf_file": str(file.resolve()), "gguf_sha256": digest, "files": checksums(folder)})
+
+def read_source(folder: Path) -> dict[str, Any]:  # empty for one that was not converted here, or was changed since
+    "Return what a converted folder says it came from: `gguf_file`, `gguf_sha256` and the sha256 of its `files`."
+    try:
+        source = read_json(folder/SOURCE)
+        return source if not verify(folder, source["files"], ignore=(SOURCE,)) and source["gguf_file"] else {}
+    except (WorkbenchError, TypeError, KeyError, AttributeError): return {}
 
 # %% ../../nbs/optimization/40_text_models.ipynb #87396cab
 def text_model_folder(
@@ -174,13 +182,12 @@ def text_model_folder(
     if found.is_dir(): return found
     digest = sha256(found)
     folder = Path(home or settings().home)/"text"/f"{found.stem}-{digest[:8]}"
-    if (folder/"config.json").exists():
-        config = read_json(folder/"config.json")
-        if config["gguf_file"] != str(found.resolve()):                            # the file has moved
-            write_json(folder/"config.json", config | {"gguf_file": str(found.resolve())})
+    source, now = read_source(folder), {"gguf_file": str(found.resolve()), "gguf_sha256": digest}
+    if source.get("gguf_sha256") == digest:
+        if source != source | now: write_json(folder/SOURCE, source | now)          # the file has moved
         return folder
     if find_spec("gguf") is None: raise BackendError("gguf is not installed: pip install 'workbench[text]'")
-    private_folder(folder.parent)
+    sweep(private_folder(folder.parent))                                            # of conversions that were killed
     try:
         with publish(folder) as aside: write_folder(found, aside, digest)
     except WorkbenchError: raise
