@@ -1,6 +1,8 @@
 """Text models: an engine in full precision says what the model says, a smaller one knows nearly as much, and what cannot run is a reason."""
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,9 @@ import numpy as np
 import pytest
 
 from workbench.errors import BackendError, ModelError, UnknownNameError, UsageError
+from workbench.files import verify
+from workbench.optimization.compiled import RECORD, SOURCE
+from workbench.optimization.encoder_bench import bench_encoder
 from workbench.optimization.generation import engines
 from workbench.optimization.sentence_encoder import compile_encoder, encoder_forms, load_encoder
 from workbench.optimization.text_bench import TextGate, TextTable, bench_text
@@ -20,8 +25,10 @@ from workbench.optimization.text_models import (
     load_text_model,
     load_tokenizer,
     perplexity,
+    read_source,
     text_model_folder,
 )
+from workbench.optimization.worker import Worker
 
 TEXTS = ["A slow blues on an electric guitar, recorded live with a small audience.",
          "The low quality recording features a ballad with sustained strings and a soft female voice.",
@@ -106,6 +113,203 @@ def test_two_files_of_one_name_are_two_models_and_a_damaged_one_is_none(tmp_path
     assert len(list((tmp_path / "text").iterdir())) == 2
 
 
+def tiny_generator(folder: Path) -> Path:
+    "A network of one block, converted."
+    return text_model_folder(write_gguf(folder / "tiny.gguf", seed=0), folder)
+
+
+def another(model: Path) -> None:
+    "Change a weight of a model."
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[-2] ^= 1
+    (model / "model.safetensors").write_bytes(data)
+
+
+def tiny_encoder(folder: Path) -> Path:
+    "A sentence encoder of one block with random weights and the tokenizer of minilm-l6."
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(folder_or_skip("minilm-l6", folder))
+    torch.manual_seed(0)
+    sizes = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                    intermediate_size=64)
+    transformers.BertModel(sizes).save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    return folder / "tiny"
+
+
+def test_a_conversion_that_is_killed_leaves_no_model_and_is_swept_away(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", seed=0)
+    code = ("import os, signal; from workbench.optimization import text_models as module\n"
+            "def write(file, folder, digest): (folder/'config.json').write_text('{}'); os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"module.write_folder = write; module.text_model_folder({str(path)!r}, {str(tmp_path)!r})")
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    left, = (tmp_path / "text").iterdir()
+    assert left.name.endswith(".partial")
+    whole = text_model_folder(path, tmp_path)
+    assert list((tmp_path / "text").iterdir()) == [whole] and load_text_model(whole)
+
+
+def test_a_converted_model_that_is_not_whole_is_converted_again(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", seed=0)
+    whole = text_model_folder(path, tmp_path)
+    kept, files = shutil.copytree(whole, tmp_path / "kept"), read_source(whole)["files"]
+    damages = {"truncated": lambda: (whole / "model.safetensors").write_bytes(b""),
+               "swapped": lambda: shutil.copy(whole / "config.json", whole / "tokenizer.json"),
+               "no record": (whole / SOURCE).unlink, "half a record": lambda: (whole / SOURCE).write_text('{"gguf_file": "m.gguf"}'),
+               "half": (whole / "model.safetensors").unlink}
+    for name, damage in damages.items():
+        damage()
+        assert read_source(whole) == {}, name
+        if name != "half":
+            shutil.copytree(kept, whole, dirs_exist_ok=True)
+            assert read_source(whole)["files"] == files
+    assert text_model_folder(path, tmp_path) == whole and verify(whole, files, ignore=(SOURCE,)) == []
+
+
+def test_a_file_that_has_moved_is_not_converted_again(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", seed=0)
+    made = (text_model_folder(path, tmp_path) / "model.safetensors").stat().st_ino
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.rename(tmp_path / "elsewhere" / "m.gguf")
+    folder = text_model_folder(moved, tmp_path)
+    assert (folder / "model.safetensors").stat().st_ino == made
+    assert read_source(folder)["gguf_file"] == str(moved)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    "A compiled folder of each kind, and what loads it."
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            here = tmp_path_factory.mktemp(kind)
+            if kind == "generator":
+                skip_without(engines["onnxruntime"])
+                made[kind] = compile_text(tiny_generator(here), here / "c", "onnxruntime", "int8"), load_text, "small.onnx.data"
+            else:
+                skip_without(encoder_forms["openvino"])
+                made[kind] = compile_encoder(tiny_encoder(here), here / "c", "openvino"), load_encoder, "model.bin"
+        return made[kind]
+
+    return get
+
+
+DAMAGED = {"truncated": "was changed; compile it again", "flipped": "was changed; compile it again",
+           "swapped": "was changed; compile it again", "removed": "is missing; compile it again", "added": "more.bin was added",
+           "a record that is cut off": "is not valid JSON", "a record without its engine": "'engine'.*: compile it again",
+           "a record of another kind": "it is a ranker", "a record without files": "files is None",
+           "an engine of tomorrow": "there is no .* named 'fpga'", "another processor": "needs a processor with avx_of_tomorrow"}
+
+
+@pytest.mark.parametrize("kind", ["generator", "encoder"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_what_was_compiled_is_refused_when_it_is_damaged_or_of_another_machine(kind, damage, compiled, tmp_path):
+    original, load, name = compiled(kind)
+    folder = Path(shutil.copytree(original, tmp_path / "c"))
+    assert load(folder), "it is whole"
+    file, record = folder / name, json.loads((folder / RECORD).read_text())
+    wrong = {"a record of another kind": {"what": "ranker"}, "a record without files": {"files": None},
+             "an engine of tomorrow": {"engine": "fpga"}, "another processor": {"processor": "avx_of_tomorrow"}}
+    data = bytearray(file.read_bytes())
+    if damage == "truncated":
+        file.write_bytes(data[:-1])
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "swapped":
+        other = next(path for path in folder.glob("*") if path.suffix in (".onnx", ".xml"))
+        file.write_bytes(other.read_bytes())
+    elif damage == "removed":
+        file.unlink()
+    elif damage == "added":
+        (folder / "more.bin").write_bytes(b"x")
+    elif damage == "a record that is cut off":
+        (folder / RECORD).write_text('{"engine": "onnxruntime"')
+    elif damage == "a record without its engine":
+        (folder / RECORD).write_text(json.dumps({key: value for key, value in record.items() if key != "engine"}))
+    else:
+        (folder / RECORD).write_text(json.dumps(record | wrong[damage]))
+    with pytest.raises(BackendError, match=DAMAGED[damage]) as refused:
+        load(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_engine_that_runs_the_models_own_files_refuses_others(tmp_path):
+    skip_without(engines["eager"])
+    model = Path(shutil.copytree(tiny_generator(tmp_path), tmp_path / "m"))
+    made = compile_text(model, tmp_path / "c", "eager")
+    assert load_text(made)
+    another(model)
+    with pytest.raises(BackendError, match="has changed: compile it again"):
+        load_text(made)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    "The tasks that workers were given."
+    tasks, real = [], Worker.ask
+
+    def ask(self, task, *rest, **more):
+        tasks.append(task)
+        return real(self, task, *rest, **more)
+
+    monkeypatch.setattr(Worker, "ask", ask)
+    return tasks
+
+
+def left_behind(folder: Path) -> Path:
+    "What a compiler that was killed leaves."
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    path = folder / f".onnxruntime.{ended.pid}.partial"
+    path.mkdir(parents=True)
+    return path
+
+
+def test_a_second_bench_of_engines_compiles_only_what_has_changed(asked, tmp_path):
+    skip_without(engines["onnxruntime"])
+    model, part = Path(shutil.copytree(tiny_generator(tmp_path), tmp_path / "m")), left_behind(tmp_path / "b" / "engines")
+
+    def compilations(*names):
+        asked.clear()
+        table = bench_text(model, names, tmp_path / "b", threads=1, tokens=3, rounds=1, texts=TEXTS, progress=False)
+        assert {row["status"] for row in table.rows} == {"reference", "ok"}, [row["reason"] for row in table.rows]
+        return asked.count("compile_text"), {row["variant"]: row["compile"] for row in table.rows}, table
+
+    first, seconds, table = compilations("onnxruntime+int8")
+    assert first == 2 and not part.exists() and seconds["onnxruntime+int8"] > 0
+    assert {"onnxruntime-genai", "transformers", "torch"} <= set(table.facts["versions"])
+    assert table.facts["measured"]["threads"] == 1 and table.facts["measured"]["bandwidth"]
+    again, others, _ = compilations("onnxruntime+int8", "onnxruntime+int4")
+    assert again == 1 and others.pop("onnxruntime+int4") and others == seconds, "another precision; the others' seconds are kept"
+    another(model)
+    assert compilations("onnxruntime+int8")[0] == 2, "another model in the same place"
+
+
+def test_a_second_bench_of_forms_compiles_only_what_has_changed(asked, tmp_path):
+    skip_without(encoder_forms["onnxruntime"])
+    part, documents = left_behind(tmp_path / "b" / "forms"), written_texts(tmp_path).read_text().splitlines()
+    model = tiny_encoder(tmp_path)
+
+    def compilations(forms):
+        asked.clear()
+        table = bench_encoder(model, forms, tmp_path / "b", threads=1, rounds=1, documents=documents, progress=False)
+        assert {row["status"] for row in table.rows} <= {"reference", "ok"}, [row["reason"] for row in table.rows]
+        return asked.count("compile_form"), table
+
+    first, table = compilations(["onnxruntime"])
+    assert first == 2 and not part.exists()
+    for row in table.rows:
+        assert 0 < row["p50"] <= row["p95"] <= row["p99"] and row["cpu"] > 0 and row["first"] > row["load"] > 0
+    assert {"onnxruntime", "onnxscript", "transformers"} <= set(table.facts["versions"]) and table.facts["measured"]["peak"]
+    assert {"p95", "p99", "cpu", "first answer"} <= set(table.table().columns) > {"p50", "load"}
+    again, second = compilations(["onnxruntime"])
+    assert again == 0 and [row["compile"] for row in second.rows] == [row["compile"] for row in table.rows]
+    another(model)
+    assert compilations([])[0] == 1, "another model in the same place"
+
+
 @pytest.mark.parametrize("name", ["uncached", "onnxruntime", "openvino"])
 def test_in_full_precision_an_engine_writes_the_models_own_tokens(name, generator, said, tmp_path):
     skip_without(engines[name])
@@ -161,7 +365,7 @@ def test_what_is_worse_than_the_gate_is_not_chosen():
     assert TextGate().refusal({**row, "risen": -0.01}) is None
 
 
-@pytest.mark.parametrize("name", [name for name in encoder_forms if name not in ("eager", "inductor")])
+@pytest.mark.parametrize("name", [name for name in encoder_forms if name != "eager"])
 def test_a_compiled_encoder_gives_the_models_vectors_in_the_order_of_the_sentences(name, tmp_path):
     folder = folder_or_skip("minilm-l6", tmp_path)
     skip_without(encoder_forms[name])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXT_COLUMNS', 'TEXT_UNITS', 'TEXT_TERMINAL', 'TEXT_TITLE', 'TextGate', 'decide_text', 'in_percent', 'TextTable',
-           'plot_places', 'TextCandidate', 'plan_text', 'TextConditions', 'prepare_text', 'alike', 'measure_text',
-           'summarise_text', 'attempt', 'take_turns', 'bench_text']
+           'plot_places', 'TextCandidate', 'plan_text', 'TextConditions', 'compile_once', 'prepare_text', 'alike',
+           'measure_text', 'summarise_text', 'attempt', 'take_turns', 'text_facts', 'bench_text']
 
 # %% ../../nbs/optimization/45_text_bench.ipynb #8c7d6df9
 import tempfile, time
@@ -19,12 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BackendError, UsageError
-from .benchmark import Clock, alive, machine, notes
+from ..files import sweep
+from .backends import Backend
+from .benchmark import Clock, alive, notes
 from .choose import Decision, Measured, number_points, of_columns
+from .compiled import Compiled, GENERATOR, compiled_before, digest_of_model, planned
 from .generation import Writer, Written, engines
+from .machine import kept_speeds, machine
 from .text_engines import check_precision, load_text
 from .text_models import captions, check_kind, text_model_folder
-from .text_worker import TextWorker, draw_text_cases
+from .text_worker import TextWorker, draw_text_cases, size_of
 from ..settings import settings
 from ..tables import Table
 
@@ -129,7 +133,8 @@ class TextCandidate:
     worker: TextWorker | None = None
     figures: dict[str, Any] = field(default_factory=dict)           # what goes into its row
     answers: list[Any] = field(default_factory=list)                # what is compared with the reference's
-    rounds: list[tuple[float, ...]] = field(default_factory=list)   # speeds
+    rounds: list[Any] = field(default_factory=list)                 # what each took: speeds
+    versions: dict[str, str] = field(default_factory=dict)          # of the libraries that make it and run it
 
     def row(self) -> dict[str, Any]:
         "Return what its row begins with."
@@ -157,23 +162,44 @@ def plan_text(
 # %% ../../nbs/optimization/45_text_bench.ipynb #b286d063
 @dataclass(frozen=True, kw_only=True)
 class TextConditions:
-    "What is the same for all engines."
+    "What is the same for all candidates."
     model: Path         # the model's folder
-    folder: Path        # holds engines/
+    parent: str         # digest of that
+    folder: Path        # gets what they compile
     cases: Path         # what is asked
-    prompts: int        # how many
-    long: int           # tokens of the long prompt
-    tokens: int         # to write
     threads: int        # CPU threads of each
     clock: Clock        # the budget
+    prompts: int = 0    # how many; of engines that write, as what follows
+    long: int = 0       # tokens of the long prompt
+    tokens: int = 0     # to write
 
+def compile_once(
+    candidate: TextCandidate,   # its figures get seconds and size
+    conditions: TextConditions, # the same for all
+    plan: Compiled,             # what it will compile
+    worker: type[TextWorker],   # compiles it
+    task: str,                  # by this name
+    **order: Any,               # with this
+) -> Path:                      # the folder
+    "Compile a candidate, unless an earlier bench has; raises `BackendError` when it cannot be."
+    place = conditions.folder/candidate.name
+    if found := compiled_before(place, plan): seconds = found.seconds
+    else:
+        with worker(conditions.threads) as process:
+            seconds = process.ask(task, conditions.clock.left(), model=str(conditions.model), folder=str(place),
+                                  **order)["seconds"]
+    candidate.figures |= {"compile": seconds, "size": size_of(place, conditions.model)/1e6}
+    candidate.versions = plan.versions
+    return place
+
+# %% ../../nbs/optimization/45_text_bench.ipynb #6c5d6765
 def prepare_text(candidate: TextCandidate, conditions: TextConditions) -> None:
     "Compile and load an engine and let it answer everything; raises `BackendError` when it cannot."
-    missing, place = engines[candidate.kind].available(), conditions.folder/"engines"/candidate.name
-    if missing: return candidate.fail(BackendError(missing), "missing")
-    with TextWorker(conditions.threads) as worker:
-        made = worker.ask("compile_text", conditions.clock.left(), model=str(conditions.model), folder=str(place),
-                          engine=candidate.kind, precision=candidate.precision)
+    engine, precision = engines[candidate.kind], candidate.precision
+    if missing := engine.available(): return candidate.fail(BackendError(missing), "missing")
+    plan = planned(GENERATOR, engine, conditions.model, conditions.parent, precision)
+    place = compile_once(candidate, conditions, plan, TextWorker, "compile_text", engine=engine.name,
+                         precision=precision)
     candidate.worker = TextWorker(conditions.threads)
     loaded = candidate.worker.ask("load_text", folder=str(place), cases=str(conditions.cases),
                                   threads=conditions.threads)
@@ -182,8 +208,7 @@ def prepare_text(candidate: TextCandidate, conditions: TextConditions) -> None:
     memory, told = candidate.worker.ask("memory")["bytes"], candidate.worker.ask("surprise")
     perplexity = float(np.exp(-told["sum"]/told["tokens"]))
     if not isfinite(perplexity): raise BackendError("its logits on real texts are not numbers, or far from any text")
-    candidate.figures |= {"compile": made["seconds"], "size": made["size"]/1e6, "load": loaded["seconds"],
-                          "memory": memory/1e6, "perplexity": perplexity}
+    candidate.figures |= {"load": loaded["seconds"], "memory": memory/1e6, "perplexity": perplexity}
 
 def alike(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
     "Return the share of tokens before the first that differs, over all prompts."
@@ -222,24 +247,39 @@ def attempt(candidates: list[TextCandidate], work: Callable[[TextCandidate], Non
 
 def take_turns(
     candidates: list[TextCandidate],                            # the reference first
+    folder: Path,                                               # where they are compiled
     prepare: Callable[[TextCandidate], None],                   # compiles and loads one, and lets it answer
-    measure: Callable[[TextCandidate, int], tuple[float, ...]], # (candidate, round) → speeds
+    measure: Callable[[TextCandidate, int], Any],               # (candidate, round) → speeds
     rounds: int,                                                # of measuring
     clock: Clock,                                               # the budget; two rounds are always taken
     progress: bool,                                             # show a bar
 ) -> None:
     "Compile, ask and measure candidates side by side; raises `BackendError` when the reference cannot be run."
+    sweep(folder)                                                                   # of benches that were killed
     bar, note = notes(len(candidates) + rounds, progress)
     def prepare_one(candidate: TextCandidate) -> None:
         note(f"preparing {candidate.name}")
         prepare(candidate)
     with bar, ExitStack() as stack:
+        stack.callback(sweep, folder)                                               # of workers that were ended
         stack.callback(lambda: [candidate.worker.close() for candidate in candidates if candidate.worker])
         attempt(candidates, prepare_one)
         for turn in range(rounds):
             if turn >= 2 and time.monotonic() > clock.end: break
             note(f"measuring, round {turn + 1} of {rounds}")
             attempt(candidates, lambda candidate, turn=turn: candidate.rounds.append(measure(candidate, turn)))
+
+# %% ../../nbs/optimization/45_text_bench.ipynb #cd2ad28e
+def text_facts(
+    candidates: list[TextCandidate],    # that were measured
+    threads: int,                       # CPU threads of each
+    **more: Any,                        # the model, the data, how it was measured
+) -> dict[str, Any]:
+    "Return what holds for all rows, with the versions of the libraries that they come from."
+    here = machine()
+    used = {name.replace("_", "-"): version for candidate in alive(candidates)
+            for name, version in candidate.versions.items() if version != "–"}
+    return here | {"versions": used | here["versions"], "threads": threads, **more, "measured": kept_speeds(threads)}
 
 # %% ../../nbs/optimization/45_text_bench.ipynb #3e852a14
 def bench_text(
@@ -260,13 +300,13 @@ def bench_text(
     threads, source = threads or settings().serving.threads, text_model_folder(model)
     folder = Path(folder or tempfile.mkdtemp())
     cases = draw_text_cases(source, captions(40) if texts is None else texts)
-    conditions = TextConditions(model=source, folder=folder, cases=cases.save(folder/"cases.json"), threads=threads,
-                                prompts=len(cases.prompts), long=len(cases.long), tokens=tokens, clock=Clock(minutes))
-    take_turns(candidates, lambda candidate: prepare_text(candidate, conditions),
+    conditions = TextConditions(model=source, parent=digest_of_model(source), folder=folder/"engines", threads=threads,
+                                cases=cases.save(folder/"cases.json"), prompts=len(cases.prompts),
+                                long=len(cases.long), tokens=tokens, clock=Clock(minutes))
+    take_turns(candidates, conditions.folder, lambda candidate: prepare_text(candidate, conditions),
                lambda candidate, turn: measure_text(candidate, turn, conditions), rounds, conditions.clock, progress)
     rows = tuple(summarise_text(candidate, candidates[0]) for candidate in candidates)
-    table = TextTable(rows, folder, machine() | {"model": str(model), "threads": threads, "tokens": tokens,
-                                                 "rounds": rounds, "texts": len(cases.texts),
-                                                 "data": "musiccaps" if texts is None else "texts"})
+    table = TextTable(rows, folder, text_facts(candidates, threads, model=str(model), tokens=tokens, rounds=rounds,
+                                               texts=len(cases.texts), data="musiccaps" if texts is None else "texts"))
     table.save()
     return table

@@ -7,7 +7,7 @@ __all__ = ['QUESTIONS', 'TEXT_TASKS', 'TextCases', 'draw_text_cases', 'size_of',
            'surprise_task', 'TextWorker']
 
 # %% ../../nbs/optimization/44_text_worker.ipynb #59f1fad2
-import gc, subprocess, sys, time
+import gc, time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import folder_size, read_json, write_json
+from .compiled import GENERATOR, read_compiled
 from .text_engines import compile_text, load_text
 from .text_models import OFFLINE, ask, load_tokenizer, log_likelihoods
 from .worker import TASKS, Desk, Worker, main
-from ..settings import quiet_environment
 
 # %% ../../nbs/optimization/44_text_worker.ipynb #ad0576e7
 @dataclass(frozen=True)
@@ -64,10 +64,8 @@ def size_of(
 
 # %% ../../nbs/optimization/44_text_worker.ipynb #4188f29d
 def compile_task(desk: Desk, model: str, folder: str, engine: str, precision: str) -> dict[str, Any]:
-    "Compile a text model and return the seconds it took and the bytes it takes."
-    begun = time.perf_counter()
-    made = compile_text(model, folder, engine, precision)
-    return {"seconds": time.perf_counter() - begun, "size": size_of(made, Path(model))}
+    "Compile a text model and return the seconds it took."
+    return {"seconds": read_compiled(compile_text(model, folder, engine, precision), GENERATOR).seconds}
 
 def load_task(desk: Desk, folder: str, cases: str, threads: int) -> dict[str, Any]:
     "Load a compiled text model, time that, and write a few tokens to be warm."
@@ -94,12 +92,7 @@ TEXT_TASKS = {"compile_text": compile_task, "load_text": load_task, "write": wri
 # %% ../../nbs/optimization/44_text_worker.ipynb #b689dc70
 class TextWorker(Worker):
     "A process that compiles or measures one engine; use it in a `with` block."
-    module = "workbench.optimization.text_worker"       # what it runs
-
-    def __init__(self, threads: int = 1):  # CPU threads of its libraries
-        environment = {**quiet_environment(), **OFFLINE, "OMP_NUM_THREADS": str(threads)}
-        self.process = subprocess.Popen([sys.executable, "-m", self.module], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+    module, environment = "workbench.optimization.text_worker", OFFLINE
 
 # %% ../../nbs/optimization/44_text_worker.ipynb #b483833d
 if __name__ == "__main__" and "__file__" in globals():
