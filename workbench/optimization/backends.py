@@ -155,8 +155,11 @@ def write_onnx(program: "ExportedProgram", path: Path) -> None:
     import torch
     signature = program.graph_signature
     outputs = OUTPUTS if len(signature.user_outputs) == len(OUTPUTS) else ["vectors"]
-    converted = torch.onnx.export(program, dynamo=True, input_names=INPUTS[:len(signature.user_inputs)],
-                                  output_names=outputs, opset_version=OPSET, verbose=False)
+    try: converted = torch.onnx.export(program, dynamo=True, input_names=INPUTS[:len(signature.user_inputs)],
+                                       output_names=outputs, opset_version=OPSET, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        while error.__cause__: error = error.__cause__                          # which names the operator
+        raise BackendError(f"it cannot be written as ONNX ({reason(error)})") from None
     converted.save(path)
 
 # %% ../../nbs/optimization/03_backends.ipynb #c25e9dae

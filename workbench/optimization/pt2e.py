@@ -169,7 +169,7 @@ def quantise_program(
 ) -> "ExportedProgram":                             # of the same inputs and outputs
     "Quantise the linear layers of a program to int8; raises BackendError for histories that cannot calibrate it."
     length, n_items = history_length(program), catalogue_size(program)
-    if not any(wanted(node, skip) for node in program.graph.nodes):
+    if not linear_layers(program):
         raise BackendError("int8 finds no linear layer to quantise here: leave the model as it is")
     with failures("quantisation for xnnpack"), hushed():
         if not dynamic: check_representative("int8", program, batches)

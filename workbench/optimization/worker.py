@@ -85,8 +85,9 @@ def draw_cases(
     from workbench.optimization.export import MAX_EXCLUDE
     rows = drawn_rows(len(split), most, shuffled)
     items, lengths = split.inputs(rows, length)
-    seen = [np.unique(split.items[start:end])[-MAX_EXCLUDE:] if split.exclude_seen else split.items[:0]
+    seen = [split.items[start:end] if split.exclude_seen else split.items[:0]
             for start, end in zip(split.starts[rows], split.ends[rows], strict=True)]
+    seen = [part if len(part) <= MAX_EXCLUDE else np.unique(part)[-MAX_EXCLUDE:] for part in seen]
     return Cases.of(items, lengths, seen, split.targets[rows])
 
 # %% ../../nbs/optimization/07_worker.ipynb #c2d5ea17
@@ -159,8 +160,8 @@ class Desk:
     def load(self, folder: str, cases: str, threads: int, k: int = 0, batches: Sequence[int] = (1,),
              device: str = "cpu") -> dict[str, Any]:
         "Load a variant, or with `k` the reference model onto a device, and time that, and the first answer."
-        path, taken = Path(folder), gpu_memory() if device == "cuda" else 0
-        begun = time.perf_counter()
+        begun, path = time.perf_counter(), Path(folder)
+        taken = gpu_memory() if device == "cuda" else 0
         self.answer = load_reference(path, k, threads, device) if k else Variant.load(path).callable(threads)
         loaded, self.cases = time.perf_counter() - begun, Cases.load(Path(cases))
         self.convert = as_tensors if k else tuple
@@ -253,9 +254,9 @@ class Worker:
     def __init__(self, threads: int = 1, cores: Collection[int] = ()):  # CPU threads of its libraries; where it stays
         environment = {**quiet_environment(), **self.environment, "OMP_NUM_THREADS": str(threads)}
         with kept_on(cores):
-            self.process = subprocess.Popen([sys.executable, "-m", self.module], stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
-                                            start_new_session=True)
+            self.process = subprocess.Popen([sys.executable, "-m", self.module, str(os.getpid())],
+                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                            env=environment, start_new_session=True)
 
     def ask(self, task: str, timeout: float = 300., **request: Any) -> dict[str, Any]:
         "Give it a task and wait; raises BackendError with the reason when it fails, ends or takes too long."
@@ -293,8 +294,8 @@ def end_with(parent: int) -> None:
     os._exit(1)
 
 def main() -> None:
-    "Serve requests from the standard input."
-    Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    "Serve requests from the standard input, for the process whose number is the argument."
+    Thread(target=end_with, args=(int(sys.argv[1]),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     serve(sys.stdin, replies.write)
