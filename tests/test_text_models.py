@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from workbench.errors import BackendError, ModelError, UnknownNameError, UsageError
-from workbench.files import verify
+from workbench.errors import BackendError, ModelError, UnknownNameError, UsageError, WorkbenchError
+from workbench.files import hold_lock, verify
 from workbench.optimization.compiled import RECORD, SOURCE
 from workbench.optimization.encoder_bench import bench_encoder
 from workbench.optimization.generation import engines
@@ -298,6 +298,8 @@ def test_a_second_bench_of_forms_compiles_only_what_has_changed(asked, tmp_path)
         assert {row["status"] for row in table.rows} <= {"reference", "ok"}, [row["reason"] for row in table.rows]
         return asked.count("compile_form"), table
 
+    with hold_lock(tmp_path / "b" / "bench.lock", "the bench"), pytest.raises(WorkbenchError, match=r"is in use by process \d+"):
+        compilations([])
     first, table = compilations(["onnxruntime"])
     assert first == 2 and not part.exists()
     for row in table.rows:

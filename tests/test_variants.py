@@ -449,14 +449,17 @@ def test_what_a_worker_has_started_ends_with_it(spawner, how):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
-def test_a_worker_ends_when_the_bench_does(tmp_path, how):
-    code = ("import time; from workbench.optimization.worker import Worker\n"
-            "with Worker() as worker: print(worker.process.pid, worker.ask('memory')['bytes'], flush=True); time.sleep(600)")
-    bench = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    pid = int(bench.stdout.readline().split()[0])
-    os.killpg(bench.pid, how)                                       # as a terminal does: to the group, which the worker is not in
-    assert bench.wait(20) != 0 and ends(pid)
-    bench.stdout.close()
+def test_a_busy_worker_and_what_it_has_started_end_with_the_bench(spawner, how):
+    code = ("from workbench.optimization.worker import Worker\n"
+            "class Spawner(Worker): module = 'spawner'\n"
+            "with Spawner() as worker: worker.ask('spawn', wait=True)")
+    bench, deadline = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, start_new_session=True), time.monotonic() + 30
+    while not (spawner.exists() and spawner.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child = int(spawner.read_text())
+    worker = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
+    os.killpg(bench.pid, how)                                       # as a terminal does: to a group that the worker is not in
+    assert bench.wait(20) != 0 and ends(worker) and ends(child)
 
 
 class Watched(Worker):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BackendError, UsageError
-from ..files import read_json, write_json
+from ..files import hold_lock, read_json, write_json
 from .benchmark import Clock, alive, gains
 from .choose import Decision, Gate, Measured, explained, forgone, of_columns
 from .compiled import ENCODER, digest_of_model, planned, read_compiled
@@ -216,17 +216,18 @@ def bench_encoder(
         raise UsageError(f"{len(queries)} queries do not go with {len(documents)} documents: give one for each")
     asked = [name for name in encoder_forms if name != "eager"] if forms is None else list(dict.fromkeys(forms))
     for name in asked: encoder_forms[name]
-    cases = write_json(folder/"texts.json", [list(documents), *([list(queries)] if queries else [])])
     candidates = [TextCandidate("reference", "eager", status="reference"),
                   *(TextCandidate(name, name) for name in asked)]
-    conditions = TextConditions(model=source, parent=digest_of_model(source), folder=folder/"forms", cases=cases,
-                                threads=threads, clock=Clock(minutes))
-    take_turns(candidates, conditions.folder, lambda candidate: prepare_form(candidate, conditions), measure_form,
-               rounds, conditions.clock, progress)
-    rows = tuple(summarise_form(candidate, candidates[0]) for candidate in candidates)
-    table = EncoderTable(rows, folder, text_facts(candidates, threads, model=str(model), rounds=rounds, data=data,
-                                                  documents=len(documents)))
-    table.save()
+    with hold_lock(folder/"bench.lock", f"the bench in {folder}"):
+        cases = write_json(folder/"texts.json", [list(documents), *([list(queries)] if queries else [])])
+        conditions = TextConditions(model=source, parent=digest_of_model(source), folder=folder/"forms", cases=cases,
+                                    threads=threads, clock=Clock(minutes))
+        take_turns(candidates, conditions.folder, lambda candidate: prepare_form(candidate, conditions), measure_form,
+                   rounds, conditions.clock, progress)
+        rows = tuple(summarise_form(candidate, candidates[0]) for candidate in candidates)
+        table = EncoderTable(rows, folder, text_facts(candidates, threads, model=str(model), rounds=rounds, data=data,
+                                                      documents=len(documents)))
+        table.save()
     return table
 
 # %% ../../nbs/optimization/47_encoder_bench.ipynb #4e8960c8

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import BackendError, UsageError
-from ..files import sweep
+from ..files import hold_lock, sweep
 from .backends import Backend
 from .benchmark import Clock, alive, notes
 from .choose import Decision, Measured, number_points, of_columns
@@ -300,13 +300,16 @@ def bench_text(
     threads, source = threads or settings().serving.threads, text_model_folder(model)
     folder = Path(folder or tempfile.mkdtemp())
     cases = draw_text_cases(source, captions(40) if texts is None else texts)
-    conditions = TextConditions(model=source, parent=digest_of_model(source), folder=folder/"engines", threads=threads,
-                                cases=cases.save(folder/"cases.json"), prompts=len(cases.prompts),
-                                long=len(cases.long), tokens=tokens, clock=Clock(minutes))
-    take_turns(candidates, conditions.folder, lambda candidate: prepare_text(candidate, conditions),
-               lambda candidate, turn: measure_text(candidate, turn, conditions), rounds, conditions.clock, progress)
-    rows = tuple(summarise_text(candidate, candidates[0]) for candidate in candidates)
-    table = TextTable(rows, folder, text_facts(candidates, threads, model=str(model), tokens=tokens, rounds=rounds,
-                                               texts=len(cases.texts), data="musiccaps" if texts is None else "texts"))
-    table.save()
+    with hold_lock(folder/"bench.lock", f"the bench in {folder}"):
+        conditions = TextConditions(model=source, parent=digest_of_model(source), folder=folder/"engines",
+                                    cases=cases.save(folder/"cases.json"), threads=threads, clock=Clock(minutes),
+                                    prompts=len(cases.prompts), long=len(cases.long), tokens=tokens)
+        take_turns(candidates, conditions.folder, lambda candidate: prepare_text(candidate, conditions),
+                   lambda candidate, turn: measure_text(candidate, turn, conditions), rounds, conditions.clock,
+                   progress)
+        rows = tuple(summarise_text(candidate, candidates[0]) for candidate in candidates)
+        table = TextTable(rows, folder, text_facts(
+            candidates, threads, model=str(model), tokens=tokens, rounds=rounds, texts=len(cases.texts),
+            data="musiccaps" if texts is None else "texts"))
+        table.save()
     return table
