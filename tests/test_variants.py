@@ -363,6 +363,8 @@ def test_variants_for_a_gpu_stand_beside_the_model_on_the_gpu(tmp_path):
     table = bench(sasrec(), histories(), tmp_path, backends=["tensorrt"], compressions=["none"], k=K, rounds=2, progress=False)
     first, second = table.rows[:2]
     assert (first["variant"], first["target"], second["variant"], second["target"]) == ("reference", "cpu", "reference on cuda", "gpu")
+    assert table.facts["measured_gpu"]["peak"]["float32"] > table.facts["measured"]["peak"]["float32"]
+    assert second["gpu_memory"] > 0 and "gpu_memory" not in first
     assert second["status"] == "reference" and second["p50"] > 0 and second["agreement"] > 0.99
     assert table.decide(Gate(ndcg=0.0)).variant != "reference on cuda"
 

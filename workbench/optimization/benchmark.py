@@ -308,11 +308,14 @@ def references(candidates: Iterable[Candidate]) -> list[Candidate]:  # the first
             *([Candidate(ON_GPU, "none", "reference", target="gpu")] if there else [])]
 
 # %% ../../nbs/optimization/15_benchmark.ipynb #46b2f2ce
-def facts_of(model: Ranker, histories: Histories, threads: int, **more: Any) -> dict[str, Any]:
-    "Return what holds for all rows: the machine and what it can do, the model, the data, and more."
+def facts_of(model: Ranker, histories: Histories, rows: tuple, threads: int, **more: Any) -> dict[str, Any]:
+    "Return what holds for all rows: the machine and what it and its GPU can do, the model, the data, and more."
+    gpu = any(row["variant"] == ON_GPU for row in rows)
     return machine() | {"model": type(model).__name__, "parent": fingerprint(model), "n_items": model.n_items,
-                        "length": model.length, "data": histories.name, "threads": threads, **more,
-                        "measured": kept_speeds(threads)}
+                        "length": model.length, "data": histories.name, "cases": rows[0]["cases"],
+                        "threads": threads, **more,
+                        "measured": kept_speeds(threads),
+                        **({"measured_gpu": kept_speeds(device="cuda")} if gpu else {})}
 
 def notes(total: int, progress: bool) -> tuple[Any, Callable[[str], None]]:
     "Make a progress bar of `total` steps, and what to call with the name of each step."
@@ -386,7 +389,7 @@ def bench(
                        shrunk(way, model, histories, folder, pairs, conditions, minutes/2/len(smaller))]
         try: rows = compete(candidates, drawn.targets, rounds, conditions, rival)
         finally: sweep(folder/"variants")                                       # of workers that were ended
-        facts = facts_of(model, histories, k=k, threads=threads, split=split, cases=rows[0]["cases"], pinned=cores,
+        facts = facts_of(model, histories, rows, k=k, threads=threads, split=split, pinned=cores,
                          batches=list(batches), seconds=time.monotonic() - begun)
         table = VariantTable(rows, folder, facts)
         table.save()

@@ -256,11 +256,15 @@ def machine_table(threads: int, packages: Iterable[str] = ("torch", "lightning")
                    **{name: installed(name) for name in packages}, "fingerprint": here["key"]}], "Where this ran")
 
 # %% ../../nbs/optimization/05_machine.ipynb #8b8c51ce
-def kept_speeds(threads: int = 1) -> dict[str, Any]:  # as `measure_speeds` returns it
-    "Return what some threads do at best here, and measure it where nobody has yet."
-    path = settings().home/"machine"/f"{machine()['key']}-{threads}.json"
+def kept_speeds(
+    threads: int = 1,       # of the processor
+    device: str = "cpu",    # or "cuda"
+) -> dict[str, Any]:        # as `measure_speeds` returns it; without int8 for a GPU
+    "Return what some threads, or the GPU, do at best here, and measure it where nobody has yet."
+    from workbench.training.roofline import measure_roofline
+    path = settings().home/"machine"/f"{machine()['key']}-{threads if device == 'cpu' else device}.json"
     with suppress(WorkbenchError, OSError): return read_json(path)
-    measured = measure_speeds(2.0, threads)
+    measured = measure_speeds(2.0, threads) if device == "cpu" else measure_roofline(device, 2.0).to_dict()
     with suppress(OSError): write_json(path, measured)              # a home that cannot be written costs a measurement
     return json.loads(json.dumps(measured))                         # as it is read
 
