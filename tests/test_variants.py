@@ -348,6 +348,32 @@ def test_a_busy_worker_ends_with_its_parent(tmp_path):
     assert not alive(pid) and not (tmp_path / "v").exists()
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", '{"rows": []}'])
+def test_a_table_that_is_none_is_refused_in_a_sentence(tmp_path, text):
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(BackendError, match=r"table\.json is not the table of a bench: bench again"):
+        VariantTable.load(tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["torch", "nncf"])
+def test_what_another_version_of_a_tool_has_made_is_made_again(tmp_path, monkeypatch, changed):
+    "The exporter and the quantiser of OpenVINO: neither is a library that the compiled variant needs."
+    from workbench.optimization import compress, variants
+
+    if reason := backends["openvino"].available():
+        pytest.skip(reason)
+    asked = ASKED | {"backends": ["openvino"], "compressions": ["int8_weights"], "rounds": 1}
+    folder = tmp_path / "variants" / "openvino+int8_weights" / "variant.json"
+    made = []
+    for version in (None, None, "of tomorrow"):
+        for module in (compress, variants) if version else ():
+            usual = module.installed
+            monkeypatch.setattr(module, "installed", lambda name, usual=usual: "of tomorrow" if name == changed else usual(name))
+        bench(sasrec(), histories(), tmp_path, **asked)
+        made.append(folder.stat().st_mtime_ns)
+    assert made[0] == made[1] != made[2]
+
+
 def test_each_row_says_what_it_is_for(tmp_path):
     table = bench(sasrec(), histories(), tmp_path, backends=["eager", "executorch", "tensorrt"], compressions=["none"], k=K, rounds=1,
                   progress=False)
