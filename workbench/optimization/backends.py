@@ -45,7 +45,7 @@ class Backend:
         "Return the versions that decide what this backend does."
         return {name: installed(name) for name in self.needs}
 
-    def planned(self, folder: Path) -> int | None:  # bytes; None where the files do not say
+    def planned_memory(self, folder: Path) -> int | None:  # bytes; None where the files do not say
         "Return the memory that an answer takes beside the weights, as planned when `folder` was compiled."
 
     def compile(

@@ -133,8 +133,8 @@ def compiled_before(candidate: Candidate, conditions: Conditions) -> Variant | N
 
 def note_compiled(candidate: Candidate, conditions: Conditions, seconds: float, size: int) -> None:
     "Keep what compiling took, and what came of it."
-    planned = backends[candidate.backend].planned(conditions.where(candidate))
-    candidate.figures |= {"compile": seconds, "size": size/1e6, **({"planned": planned/1e6} if planned else {})}
+    memory = backends[candidate.backend].planned_memory(conditions.where(candidate))
+    candidate.figures |= {"compile": seconds, "size": size/1e6, **({"planned": memory/1e6} if memory else {})}
 
 def compile_one(candidate: Candidate, conditions: Conditions) -> None:
     "Compile a candidate, or note why it cannot be."

@@ -19,7 +19,7 @@ from ..errors import BackendError, UsageError
 from ..files import hold_lock, read_json, write_json
 from .benchmark import Clock, alive, gains
 from .choose import Decision, Gate, Measured, explained, forgone, of_columns
-from .compiled import ENCODER, digest_of_model, planned, read_compiled
+from .compiled import ENCODER, digest_of_model, plan_of, read_compiled
 from ..evaluation.metrics import estimate
 from .quality import kept_share
 from .sentence_encoder import (
@@ -166,7 +166,7 @@ def prepare_form(candidate: TextCandidate, conditions: TextConditions) -> None:
     "Compile and load a form and let it encode everything; raises `BackendError` when it cannot."
     form, threads = encoder_forms[candidate.kind], conditions.threads
     if missing := form.available(): return candidate.fail(BackendError(missing), "missing")
-    plan = planned(ENCODER, form, conditions.model, conditions.parent, threads=threads)
+    plan = plan_of(ENCODER, form, conditions.model, conditions.parent, threads=threads)
     place = compile_once(candidate, conditions, plan, EncoderWorker, "compile_form", form=form.name, threads=threads)
     candidate.worker, vectors = EncoderWorker(threads), conditions.cases.with_name(f"{candidate.name}.npz")
     loaded = candidate.worker.ask("load_form", folder=str(place), texts=str(conditions.cases), threads=threads)

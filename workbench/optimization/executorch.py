@@ -117,7 +117,7 @@ class ExecuTorch(Backend):
             (folder/"model.pte").write_bytes(lowered.buffer)
             write_json(folder/RECORD, {"exclusions": most, "sha256": sha256(folder/"model.pte"), **facts})
 
-    def planned(self, folder: Path) -> int: return read_json(folder/RECORD)["planned"]
+    def planned_memory(self, folder: Path) -> int: return read_json(folder/RECORD)["planned"]
 
     def load(self, folder: Path, threads: int = 1) -> Answer:
         record = checked(folder)

@@ -18,7 +18,7 @@ import torch
 from ..errors import BackendError, DataError, ModelError
 from ..files import read_json
 from .backends import OPSET, Backend, Inductor, failures, import_openvino, open_session, quiet
-from .compiled import ENCODER, compile_into, digest_of_model, planned, read_compiled
+from .compiled import ENCODER, compile_into, digest_of_model, plan_of, read_compiled
 from .text_models import check_kind, load_text_model, load_tokenizer, text_model_folder
 from ..registry import Registry
 
@@ -181,7 +181,7 @@ def compile_encoder(
     chosen, source = encoder_forms[form], text_model_folder(model)
     check_pooling(source)
     if missing := chosen.available(): raise BackendError(missing)
-    plan = planned(ENCODER, chosen, source, digest_of_model(source), threads=threads)
+    plan = plan_of(ENCODER, chosen, source, digest_of_model(source), threads=threads)
     return compile_into(folder, plan, lambda aside: chosen.compile(source, aside, threads))
 
 def load_encoder(

@@ -23,7 +23,7 @@ from ..files import hold_lock, sweep
 from .backends import Backend
 from .benchmark import Clock, alive, notes
 from .choose import Decision, Measured, number_points, of_columns
-from .compiled import Compiled, GENERATOR, compiled_before, digest_of_model, planned
+from .compiled import Compiled, GENERATOR, compiled_before, digest_of_model, plan_of
 from .generation import Writer, Written, engines
 from .machine import kept_speeds, machine
 from .text_engines import check_precision, load_text
@@ -197,7 +197,7 @@ def prepare_text(candidate: TextCandidate, conditions: TextConditions) -> None:
     "Compile and load an engine and let it answer everything; raises `BackendError` when it cannot."
     engine, precision = engines[candidate.kind], candidate.precision
     if missing := engine.available(): return candidate.fail(BackendError(missing), "missing")
-    plan = planned(GENERATOR, engine, conditions.model, conditions.parent, precision)
+    plan = plan_of(GENERATOR, engine, conditions.model, conditions.parent, precision)
     place = compile_once(candidate, conditions, plan, TextWorker, "compile_text", engine=engine.name,
                          precision=precision)
     candidate.worker = TextWorker(conditions.threads)

@@ -19,7 +19,7 @@ from ..errors import BackendError, UsageError
 from ..files import read_json, sha256
 from .backends import failures, import_openvino
 from .compiled import (
-    GENERATOR, SOURCE, compile_into, digest_of_model, planned, read_compiled)
+    GENERATOR, SOURCE, compile_into, digest_of_model, plan_of, read_compiled)
 from .generation import Engine, Writer, Written, engines, one_by_one
 from .text_models import check_kind, text_model_folder
 
@@ -168,7 +168,7 @@ def compile_text(
     check_kind(model, "generator")
     chosen, source = engines[engine], text_model_folder(model, home)
     if missing := chosen.available(): raise BackendError(missing)
-    plan = planned(GENERATOR, chosen, source, digest_of_model(source), precision)
+    plan = plan_of(GENERATOR, chosen, source, digest_of_model(source), precision)
     return compile_into(folder, plan, lambda aside: chosen.compile(source, aside, precision))
 
 def load_text(
